@@ -103,7 +103,7 @@ def rules_for(method: str, name: str) -> Rules:
 
 
 class Call:
-    """An API call: its request, ready to be sent, and the rules for its retries.
+    """Prepare an API call: check its arguments, build its request, find the rules for its retries.
 
     Parameters:
         session: prepares the request.

@@ -35,7 +35,7 @@ LOGIN_OUTCOMES = {"unreachable": "no sshd", "refused": "login refused"}
 
 
 class Requester(Protocol):
-    """The parts of ``CloreClient`` that the marketplace uses."""
+    """List the parts of ``CloreClient`` that the marketplace uses."""
 
     @property
     def base_url(self) -> str: ...

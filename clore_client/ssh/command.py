@@ -65,7 +65,7 @@ _KILL_GROUP = (
 
 
 class Command:
-    """A command with its checked arguments.
+    """Check the arguments of a command, and run it.
 
     Parameters:
         command: a line for the host's shell, or a list of arguments, which is quoted.

@@ -37,11 +37,11 @@ ENDED_CHECK = 15.0  # seconds between two checks if the order has ended
 
 
 class NotUpYetError(SSHError):
-    """An sshd may respond later; used only within this module."""
+    """The sshd may respond later; used only within this module."""
 
 
 class Login:
-    """The checked arguments of a login to the host of an order.
+    """Check the arguments of a login to the host of an order, and log in.
 
     Parameters:
         address: of the host, as ``plain_address`` returns it.

@@ -52,7 +52,7 @@ Connect = Callable[[float], ConnectionPool]
 
 
 class JobCommand:
-    """The checked arguments of ``start``."""
+    """Check the arguments of ``start``."""
 
     def __init__(
         self,

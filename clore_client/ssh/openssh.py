@@ -88,7 +88,7 @@ def _port_number(text: str) -> int:
 
 
 class HostConfig:
-    """The private keys and the jump hosts of a host in ``~/.ssh/config``.
+    """Read the private keys and the jump hosts of a host from ``~/.ssh/config``.
 
     Parameters:
         address: of the host, as :func:`plain_address` returns it.

@@ -436,7 +436,7 @@ class Watchdog:
 
 
 class LimitedChannel:
-    """A channel on which no call takes much longer than ``timeout`` seconds.
+    """Limit each call of a channel to about ``timeout`` seconds.
 
     paramiko writes to a socket without a time limit; here the watchdog then closes the connection.
     Methods that do not wait are those of paramiko's channel.

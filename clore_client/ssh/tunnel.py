@@ -172,7 +172,7 @@ class Forward:
 
 
 class _Link:
-    """A forwarded connection: a local socket, a channel, and a thread for each direction.
+    """Forward one connection: a local socket, a channel, and a thread for each direction.
 
     Attributes:
         thread: the thread that ends when both directions have ended.
@@ -261,7 +261,7 @@ class _Link:
 
 
 class HTTPWait:
-    """The checked arguments of ``wait_for_http``.
+    """Check the arguments of ``wait_for_http``, and wait.
 
     Parameters:
         read: returns the order with an id.

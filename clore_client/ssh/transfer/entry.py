@@ -181,7 +181,7 @@ class Tree:
 
 
 class RemoteTree(Tree):
-    """The entries of a directory on a host, checked.
+    """Check and hold the entries of a directory on a host.
 
     Attributes:
         root: the directory itself.
@@ -288,7 +288,7 @@ def same_files(
 
 
 class LocalTree(Tree):
-    """The files, directories and symlinks to upload, and what is left out.
+    """Find the files, directories and symlinks to upload, and those that are left out.
 
     Attributes:
         mode, mtime: of ``path`` itself; ``mtime`` in nanoseconds.

@@ -73,7 +73,7 @@ RANGE = 64 * 1024 * 1024  # bytes that are requested or hashed at a time, within
 
 
 class TransferOptions:
-    """The arguments of a transfer, checked."""
+    """Check the arguments of a transfer."""
 
     def __init__(
         self, local: Any, remote: Any, *, preserve: Any = False, verify: Any = False,
@@ -116,7 +116,7 @@ class TransferOptions:
 
 
 class DownloadOptions(TransferOptions):
-    """The arguments of a download, checked, and its target.
+    """Check the arguments of a download, and find its target.
 
     Attributes:
         target: the path to write a file to: inside ``local`` if that is a directory or is named as
@@ -156,7 +156,7 @@ def check_path(name: str, value: Any) -> bytes:
 
 
 class UploadOptions(TransferOptions):
-    """The arguments of an upload, checked."""
+    """Check the arguments of an upload."""
 
     def __init__(
         self, local: Any, remote: Any, *, preview: Any = False, delete: Any = False, **given: Any
