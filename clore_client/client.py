@@ -549,8 +549,8 @@ class CloreClient(HTTPClient):
     ) -> CostEstimate:
         """Estimate the cost of a rental, with all fees.
 
-        The fees are those of the account, which are asked for once. Without a key they are the
-        published ones: 5 % on demand, 1.25 % spot, and 0.10 USD after ten minutes.
+        The fees of the account are read once. Without a key, the published fees are used: 5 % on
+        demand, 1.25 % spot, and 0.10 USD after ten minutes.
 
         Parameters:
             server: a server or its id; with an id, the marketplace is read.
@@ -1783,8 +1783,9 @@ class CloreClient(HTTPClient):
                 directory.
             preserve: keep permissions and times.
             verify: compare the SHA-256 of every file.
-            resume: continue an earlier transfer that failed. At most 5 % of what had arrived is
-                sent again (or 256 KB). If the size or time of the source has changed, start over.
+            resume: continue an earlier transfer that failed. At most 5 % of the received data
+                is sent again (or 256 KB). If the size or time of the source has changed, the
+                transfer starts over.
             symlinks: ``"skip"``, ``"copy"`` or ``"follow"``, as in the table.
             exclude: patterns as in ``.gitignore``, of what to leave out. Needs pathspec.
             skip_unchanged: True leaves out the files whose size and time, in whole seconds, are the

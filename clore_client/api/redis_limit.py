@@ -194,7 +194,7 @@ class RedisStore:
             granted, seconds, paused, slowed, too_late = map(float, reply)
             if not math.isfinite(seconds) or (granted and seconds > turn.interval):
                 raise ValueError("the reply is not valid")
-        except Exception as error:  # those of a client that the user passed may be of any class
+        except Exception as error:  # a client that the user passed may raise any class
             text = redact(f"{type(error).__name__}: {error}", self._server.secrets)
             raise StoreUnavailableError(
                 f"Redis at {self._server.name} can't be used: {printable(text, 200)}"

@@ -86,7 +86,7 @@ def cell_text(text: str | None, widest: int = MAX_WIDTH) -> str:
 
 
 def cells_of(records: Sequence[Any], columns: Sequence[Column]) -> list[tuple[Column, list[str]]]:
-    """Return each column with its cells, without the columns that have no text at all."""
+    """Return each column with its cells, without the columns that are empty."""
     filled = [(c, [cell_text(c.text(record), c.widest) for record in records]) for c in columns]
     return [(column, cells) for column, cells in filled if any(cells)]
 

@@ -173,7 +173,7 @@ class AccountOrders:
     # --- logins ---
 
     def login_of(self, order: Order) -> dict[str, str]:
-        """Return what is known for the login to an order."""
+        """Return the known login data of an order."""
         if self.has_ended(order.id):  # a list can still show it as active
             return {}
         return self.credentials.of(self.account, order.id, order)

@@ -174,7 +174,7 @@ class Credentials:
             _warn(f"{path} can't be renamed", error)
 
     def of(self, account: str, order_id: int | None, order: Order | None = None) -> dict[str, str]:
-        """Return what is known for the login to an order; empty if nothing is.
+        """Return the known login data of an order; an empty dict if none is known.
 
         Parameters:
             account: the digest of the account.

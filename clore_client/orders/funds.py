@@ -132,7 +132,7 @@ def explain_balance(
 def learn_order_rates(orders: AccountOrders, read: list[Order]) -> None:
     """Read the exchange rates if an order of the live form can't be priced without them.
 
-    The documented form has none: there, the listed price of the server gives the rate of its order.
+    The documented form has no rates: the listed price of the server gives the rate of its order.
     """
     for order in read:
         known = wire_currency(str(order.get("currency"))) and finite(order.get("price")) is not None

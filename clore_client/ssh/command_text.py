@@ -152,7 +152,7 @@ class CommandOutput:
             splitter.finish()
 
     def text(self, stream: str) -> str:
-        """Return what was kept of a stream."""
+        """Return the kept output of a stream."""
         return self._kept[stream].decode("utf-8", "replace")
 
 
@@ -232,6 +232,6 @@ class PidLine:
         return self.rest()
 
     def rest(self) -> bytes:
-        """Return what was held back, at the end of stderr."""
+        """Return the data that was held back, at the end of stderr."""
         rest, self._held = self._held, b""
         return rest

@@ -137,7 +137,7 @@ class Login:
                 raise
 
     def once(self) -> paramiko.SSHClient:
-        """Try once to log in, within ``timeout`` seconds in all."""
+        """Try once to log in, within ``timeout`` seconds for all steps."""
         ssh = self._paramiko.SSHClient()
         ssh.set_log_channel(PARAMIKO_LOGGER)
         ssh.set_missing_host_key_policy(self.keys)

@@ -241,8 +241,8 @@ def check_plain_name(value: Any) -> str:
     """Check the name of a job, or of an entry of ``~/.ssh/config``."""
     if not re.fullmatch(PLAIN_NAME, check_string("name", value)):
         raise ValueError(
-            "name must consist of at most 64 letters, digits, '_', '.' and '-', and begin with "
-            f"none of the last two, not {short_repr(value)}"
+            "name must consist of at most 64 letters, digits, '_', '.' and '-', and not begin with "
+            f"'.' or '-', unlike {short_repr(value)}"
         )
     return str(value)
 

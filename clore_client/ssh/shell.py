@@ -108,7 +108,7 @@ class _Terminal:
                 channel.resize_pty(size.columns, size.lines)
 
     def _pass_on(self, channel: LimitedChannel) -> None:
-        """Pass on what has arrived, in both directions; return soon if there is nothing."""
+        """Pass on the data of both directions; return soon if there is none."""
         # Input is read only when it can be sent: a send that waits would hold up the output.
         watched: list[Any] = [channel]
         if self._reads and channel.send_ready():

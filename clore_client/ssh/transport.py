@@ -439,10 +439,10 @@ class LimitedChannel:
     """Limit each call of a channel to about ``timeout`` seconds.
 
     paramiko writes to a socket without a time limit; here the watchdog then closes the connection.
-    Methods that do not wait are those of paramiko's channel.
+    Methods that do not wait are called on paramiko's channel directly.
 
     Raises:
-        SSHError: a call takes too long. Other errors are those of paramiko.
+        SSHError: a call takes too long. Other errors come from paramiko unchanged.
     """
 
     def __init__(

@@ -516,7 +516,7 @@ def test_little_is_sent_again(
     client: CloreClient, sshd: Sshd, tmp_path: Path, here: Path, direction: str, what: str,
     protocol: str,
 ) -> None:  # fmt: skip
-    """At most 5 % of what had arrived, or what is always sent ahead, at random points."""
+    """At most 5 % of the received data is sent again, or the data sent ahead; at random points."""
     size = 24 * MB
     (tmp_path / "far").mkdir()
     with contextlib.ExitStack() as stack:

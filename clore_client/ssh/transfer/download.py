@@ -315,7 +315,7 @@ class Download:
         elif info.islnk() and entry.kind == "f":
             original = received.get(os.fsencode(info.linkname).removeprefix(b"./"))
             if original is None:
-                raise SSHError("it is a hard link to what was not requested")
+                raise SSHError("it is a hard link to a file that was not requested")
             shutil.copyfile(self._part.place(original), self._part.place(entry))
             self._part.note(entry, 0, entry.size)
             self._transfer.moved(entry, entry.size)

@@ -185,7 +185,7 @@ class RemoteTree(Tree):
 
     Attributes:
         root: the directory itself.
-        odd: what is neither a file nor a directory nor a symlink.
+        odd: the entries that are neither a file nor a directory nor a symlink.
     """
 
     def __init__(self, excludes: Excludes | None = None) -> None:

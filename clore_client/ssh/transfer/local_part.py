@@ -38,7 +38,7 @@ Different = Callable[[list[FileEntry]], list[FileEntry]]
 
 
 class LocalPart:
-    """Keep the temporary file or directory of a download, and a record of what has arrived.
+    """Keep the temporary file or directory of a download, and a record of the received data.
 
     Attributes:
         target: the final path.
@@ -107,7 +107,7 @@ class LocalPart:
         return end
 
     def clear(self) -> None:
-        """Remove what has arrived, and its record."""
+        """Remove the received data, and its record."""
         self._remove()
         self.done = {}
         if self._record is not None:

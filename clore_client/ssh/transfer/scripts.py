@@ -7,7 +7,7 @@ import re
 from clore_client.errors import SSHError
 from clore_client.validation import short_repr
 
-DIFFERS = "SHA-256 differs: what had arrived is removed"
+DIFFERS = "SHA-256 differs: the received data was removed"
 MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing, or of digests
 
 # Precedes each script. Relative paths count from the home directory, even if a start-up file
@@ -41,7 +41,7 @@ command -v ${sha%% *} >/dev/null || no "lacks sha256sum"
   no "lacks a dd with iflag=fullblock"
 stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
 """
-# Sets $f to the target and $p to the temporary name beside it; $r records what has arrived.
+# Sets $f to the target and $p to the temporary name beside it; $r records the received data.
 TARGET = r"""
 case $f in /*) ;; *) f=$PWD/${f#./};; esac
 if [ "$kind" = d ]; then

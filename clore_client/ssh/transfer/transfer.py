@@ -209,7 +209,7 @@ class Transfer:
         total: bytes to transfer, once they are known.
         unchanged: the number of files that are left out, as they are the same.
         deletes: the names that only the target has, or None.
-        skipped: (name, reason) of what is left out.
+        skipped: (name, reason) for each entry that is left out.
         timeout: seconds without anything sent or received.
         near: whether one channel is as fast as several.
         takes_turns: whether no script may start while another one of the connection ends.
@@ -423,7 +423,7 @@ class Transfer:
         return printable(os.fsdecode(entry.name) if entry.name else self.name)
 
     def leave_out(self, name: bytes, why: str) -> None:
-        """Note and log what is not transferred."""
+        """Record and log an entry that is not transferred."""
         self.skipped.append((printable(os.fsdecode(name)), printable(why)))
         logger.warning("left out: %s, %s", *self.skipped[-1])
 
@@ -441,7 +441,7 @@ class Transfer:
         if self._expired:
             why = f"it took longer than deadline={self.options.deadline:g} seconds"
         if self.options.resume and done:
-            why += "; what has arrived is kept for resume=True"
+            why += "; the received data is kept for resume=True"
         text = f"{printable(name, 300)} was not transferred, after {done} of {total} bytes: {why}"
         return TransferError(text, name=name, done=done, total=total)
 

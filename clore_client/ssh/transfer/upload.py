@@ -247,7 +247,7 @@ class Upload:
         )  # fmt: skip
 
     def _tidy(self) -> None:
-        """Let the host remove what has arrived, and wait until it has done so."""
+        """Let the host remove the received data, and wait until it has done so."""
         if self._control is None:
             return
         self._control.end()
@@ -387,7 +387,7 @@ class Upload:
             self._transfer.count(entry, size)
 
     def _check_tree(self, control: RemoteScript) -> None:
-        """Compare the names and sizes of what has arrived."""
+        """Compare the names and sizes of the received files."""
         control.send(b"list\nsync\n")
         text = control.until(self._token, MAX_ANSWER)
         there = parse_listing(text, len(self._tree.entries) * 2 + 100).by_name
