@@ -15773,8 +15773,7 @@ def _copy(part: LocalPart, tree: RemoteTree, link: FileEntry, target: FileEntry)
 # ==================================================================================================
 
 
-SFTP_REQUEST = 128 * 1024  # bytes to read or write with one request; OpenSSH accepts 255 KB
-SFTP_AHEAD = 32 * SFTP_REQUEST  # bytes to request before the first of them has arrived
+SFTP_REQUEST = 255 * 1024  # bytes to read or write with one request; the most that OpenSSH accepts
 MAX_SFTP_PACKET = 2**20  # bytes of one answer
 SFTP_PATIENCE = 10.0  # seconds for a host to free the channel of an earlier script
 MAX_LISTED = 500_000  # files in a directory
@@ -15885,14 +15884,13 @@ class RemoteFiles:
 
     def pieces(self, file: Any, start: int, end: int) -> Iterator[bytes]:
         """Yield a range of an open file."""
-        for first in range(start, end, SFTP_AHEAD):
-            last = min(first + SFTP_AHEAD, end)
-            starts = range(first, last, SFTP_REQUEST)
-            ranges = [(at, min(SFTP_REQUEST, last - at)) for at in starts]
-            for (_, size), piece in zip(ranges, file.readv(ranges), strict=True):
-                if len(piece) != size:
-                    raise SSHError(f"{size - len(piece)} bytes are missing")
-                yield piece
+        file.seek(start)
+        for at in range(start, end, SFTP_REQUEST):
+            size = min(SFTP_REQUEST, end - at)
+            piece = file.read(size)
+            if len(piece) != size:
+                raise SSHError(f"{size - len(piece)} bytes are missing")
+            yield piece
 
     def digest(self, path: bytes, size: int) -> str:
         """Return the SHA-256 of a file."""

@@ -125,6 +125,7 @@ class Call:
     """
 
     lists_servers = False
+    label = ""
 
     def __init__(
         self,
@@ -142,6 +143,7 @@ class Call:
     ) -> None:
         method = _check_method(method, options)
         self.endpoint, self.base_url = check_endpoint(endpoint), base_url
+        self.label = f"{method} {endpoint}"
         path = unquote(urlsplit(endpoint).path)
         self.name = path.rstrip("/").rsplit("/", 1)[-1].lower()
         self.rules = rules_for(method, self.name)
@@ -164,10 +166,6 @@ class Call:
     @property
     def repeatable(self) -> bool:
         return self.rules.repeatable
-
-    @property
-    def label(self) -> str:
-        return f"{self.request.method} {self.endpoint}"
 
     def lost(self, cause: str) -> CloreError:
         """Make the error for a request that was sent and got no usable response."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from clore_client.api.redis_limit import RedisServer
 
 LIMIT_PREFIX = "rate-limit-"
+SCHEDULE_FORMAT = "json-1"
 LONGEST_SCHEDULE = 100_000  # bytes
 LIMIT_LOCK_PATIENCE = 0.5  # seconds; other processes lock the file for microseconds
 UNUSED_AFTER = 86_400.0  # seconds after which the file of a key is removed
@@ -88,10 +89,14 @@ class FileStore:
 def limit_name(account: str) -> str:
     """Return the name of the file for an account.
 
-    It differs by machine and boot, because the clocks differ and machines may share the folder.
+    It differs by machine and boot, because the clocks differ and machines may share the folder; and
+    by format, because other versions of this client take a file that they can't read for damaged.
     """
     boot = read_line("/proc/sys/kernel/random/boot_id") or socket.gethostname()
-    return LIMIT_PREFIX + hashlib.sha256(f"{account}\n{boot}".encode()).hexdigest()[:32]
+    return (
+        LIMIT_PREFIX
+        + hashlib.sha256(f"{account}\n{boot}\n{SCHEDULE_FORMAT}".encode()).hexdigest()[:32]
+    )
 
 
 def dump(schedule: Schedule) -> bytes:
@@ -116,7 +121,7 @@ def load(text: bytes, now: float) -> Schedule:
         vars(schedule).update(zip(NUMBERS, numbers, strict=True))
         schedule.spaced = _table(fields["spaced"], 2)
         schedule.waiting = _table(fields["waiting"], 4)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         schedule = Schedule()
         schedule.last = now
     return schedule

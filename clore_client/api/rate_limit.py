@@ -15,9 +15,9 @@ RECENT = 20  # how many of the last responses are counted for the error message
 YIELD_CHANCE = 0.3  # the fraction of requests that leave the surplus after them
 # Fractions of the interval, unless a comment gives another unit. The Redis script uses them too.
 PACE = {
-    "lead": 0.05,  # a send time is granted this long before it, so that a slow store costs no time
+    "lead": 0.05,  # how long before its send time a request gets it: a slow store costs no time
     "late": 0.005,  # a request that is sent up to this much late needs no report
-    "grace": 0.125,  # how long a request waits for each one before it in the queue to poll first
+    "grace": 0.125,  # how long a request waits for each one ahead of it in the queue
     "longest_grace": 1.0,
     # A refusal means that other programs use the key too. Some requests then leave a longer gap
     # after them, so that the programs take turns of several requests, which wastes less time than

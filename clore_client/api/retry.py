@@ -12,6 +12,7 @@ import random
 import re
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 
@@ -213,13 +214,22 @@ def _describe(
     """Return the error text of a response without a code, and a hint."""
     status, hint = f"HTTP {response.status_code}", None
     if 300 <= response.status_code < 400:
-        target = response.headers.get("Location") or "nowhere"
+        target = _redirect_target(response)
         return f"{status}: a redirect to {target}, which the client does not follow", None
     if isinstance(decoded, dict):
         return error_text(decoded), None
     if b"error code: 1010" in body[:4000]:
         hint = "the proxy in front of the API refused the User-Agent: set another user_agent"
     return f"{status}: {excerpt(body, call.secrets) or 'an empty response'}", hint
+
+
+def _redirect_target(response: requests.Response) -> str:
+    # Only the host: the rest may have a token.
+    try:
+        host = urlsplit(response.headers.get("Location", "")).hostname
+    except ValueError:
+        host = None
+    return f"host {printable(host, 100)}" if host else "nowhere"
 
 
 @functools.cache

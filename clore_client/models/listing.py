@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, overload
 
@@ -82,7 +83,7 @@ def cell_text(text: str | None, widest: int = MAX_WIDTH) -> str:
     """Return the text of a cell on one line, in printable ASCII; the rest is escaped."""
     plain = printable((text or "")[:widest].encode("ascii", "backslashreplace").decode())
     cut = len(plain) > widest or len(text or "") > widest
-    return f"{plain[: widest - 3]}..." if cut else plain
+    return re.sub(r"\\([xuU][0-9a-f]{0,7})?$", "", plain[: widest - 3]) + "..." if cut else plain
 
 
 def cells_of(records: Sequence[Any], columns: Sequence[Column]) -> list[tuple[Column, list[str]]]:

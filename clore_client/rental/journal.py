@@ -26,7 +26,7 @@ from clore_client.process import this_process
 STATE_SUFFIX = ".json"
 JOURNAL_SCHEMA = 1  # a later version adds fields, and keeps these
 LONGEST_ENTRY = 65536  # bytes; a longer file is not an entry
-KEPT_FOLDER = "kept"  # in the state folder; no process ends the orders of its entries
+KEPT_FOLDER = "kept"  # in the state folder; only cancel_overdue() ends the orders of its entries
 _ID_LENGTH = 20  # characters for the order id, which is written later
 _FIRST = '{"order_id": '
 

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from clore_client.errors import CancelUnconfirmedError, CloreError
 from clore_client.log import logger
@@ -54,7 +54,7 @@ class Leftover:
         return f"<Leftover order {self.order_id} of server {self.server_id}{by}{until}>"
 
 
-class Leftovers(NamedTuple):
+class Leftovers:
     """Hold the result of ``CloreClient.leftovers``. It is false if all lists are empty.
 
     Attributes:
@@ -64,14 +64,19 @@ class Leftovers(NamedTuple):
         kept: orders that rentals of this machine kept with ``keep()``.
     """
 
-    abandoned: list[Leftover]
-    elsewhere: list[Leftover]
-    unnoted: list[Order]
-    kept: list[Leftover]
+    def __init__(
+        self,
+        abandoned: list[Leftover],
+        elsewhere: list[Leftover],
+        unnoted: list[Order],
+        kept: list[Leftover],
+    ) -> None:
+        self.abandoned, self.elsewhere = abandoned, elsewhere
+        self.unnoted, self.kept = unnoted, kept
 
     def __bool__(self) -> bool:
         """Return whether any of the lists has an item."""
-        return any(self)
+        return bool(self.abandoned or self.elsewhere or self.unnoted or self.kept)
 
     def __repr__(self) -> str:
         return (
@@ -178,7 +183,7 @@ class _Survey:
         return None if order is None or order.has_ended else order
 
     def undecided(self, wait: float) -> bool:
-        """Return whether an order of a dead process may not be listed yet."""
+        """Return whether the order of a dead process could still be missing from the lists."""
         return any(
             entry.abandoned and self.order_of(entry) is None and _is_recent(entry.data, wait)
             for entry in self.entries

@@ -245,7 +245,9 @@ class Rental:
         check_optional_number("max_hours", max_hours, above=True, maximum=LONGEST_KEEP)
         worker, order = self._open_worker(), self.order
         if worker.finished.is_open:
-            raise RentalError("the order has ended already, so it can't be kept: rent again")
+            raise RentalError(
+                f"order {order.id} has ended already, so it can't be kept: rent again"
+            )
         worker.keep(None if max_hours is None else time.time() + max_hours * 3600.0)
         self._kept_as = "kept"
         return order
@@ -422,9 +424,11 @@ class Rental:
     def _deploy(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
         """Wait until an order runs. Return None, or the reason why it does not."""
         timeout, interval = self._settings.deploy_timeout, self._settings.poll_interval
+        # A subclass of the client may have the documented parameters only.
+        more: dict[str, Any] = {} if self._report is None else {"on_progress": self._report}
         try:
             running = self._client.wait_for_order(
-                order.id or 0, timeout=timeout, poll_interval=interval, on_progress=self._report
+                order.id or 0, timeout=timeout, poll_interval=interval, **more
             )
         except (WaitTimeoutError, OrderEndedError) as error:
             worker.check()

@@ -72,6 +72,8 @@ def test_processes_killed_at_random_moments() -> None:
         dump(Schedule()).replace(b"{}", b'{"create_order": [1.0]}', 1),
         dump(Schedule()).replace(b"{}", b'{"a": ["b", "c", "d", "e"]}'),
         dump(Schedule()).replace(b"{}", b"[]"),
+        dump(Schedule()).replace(b"0.0", b"1" + b"0" * 400),
+        dump(Schedule()).replace(b"{}", b"[" * 5000),
     ],
 )
 def test_damaged_content_starts_anew_and_waits_once(tmp_path: Path, content: bytes) -> None:

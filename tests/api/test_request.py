@@ -286,6 +286,26 @@ def test_a_redirect_is_an_error_and_takes_no_key_along(
     assert not other.requests
 
 
+def test_a_redirect_shows_the_host_only(sim: Simulator, client: CloreClient) -> None:
+    """The rest of the address can have a token, and be of any length."""
+    target = "https://login.example/?session=s3cret&x=" + 5000 * "y"
+    sim.faults.add("wallets", "redirect", location=target)
+    with pytest.raises(InvalidResponseError) as caught:
+        client.get_wallets()
+    assert "a redirect to host login.example, which" in str(caught.value)
+    assert "s3cret" not in repr(caught.value.__dict__) + str(caught.value)
+
+
+def test_a_call_that_is_refused_has_a_repr(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Error reporters show it: an error in its repr would hide the one that they report."""
+    monkeypatch.delenv("CLORE_API_KEY", raising=False)
+    with pytest.raises(AuthenticationError) as caught:
+        CloreClient().get_wallets()
+    frames = traceback.walk_tb(caught.value.__traceback__)
+    calls = [frame.f_locals["self"] for frame, _ in frames if "all_headers" in frame.f_locals]
+    assert list(map(repr, calls)) == ["<Call GET /v1/wallets>"]
+
+
 def test_the_proxys_refusal_of_the_user_agent_is_explained(
     sim: Simulator, client: CloreClient
 ) -> None:

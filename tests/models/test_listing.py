@@ -169,6 +169,8 @@ def test_hostile_text_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(lines) == 4
     assert all(line.isascii() and line.isprintable() for line in lines)
     assert max(map(len, lines)) <= 100
+    torn = r"\\(x[0-9a-f]?|u[0-9a-f]{0,3}|U[0-9a-f]{0,7})?\.\.\."
+    assert not any(re.search(torn, line) for line in lines)
     orders = OrderList([Order(order_id=1, status=EVIL, image=EVIL, currency=EVIL)])
     wallets = WalletList([Wallet(name=EVIL, deposit_address=EVIL)])
     for listing in (orders, wallets):

@@ -697,6 +697,18 @@ def test_a_budget_repeats_the_cancel_until_it_is_accepted(
     assert getattr(caught.value, "__notes__", []) == []
 
 
+def test_a_client_may_override_the_wait_with_its_documented_parameters(sim: Simulator) -> None:
+    class Client(CloreClient):
+        def wait_for_order(  # type: ignore[override]
+            self, order_id: int, timeout: float = 300, poll_interval: float = 5.0,
+            target_status: str = "running",
+        ) -> Order:  # fmt: skip
+            return super().wait_for_order(order_id, timeout, poll_interval, target_status)
+
+    with Client(sim.api_key, base_url=sim.url, rate_limit=0).rent(poll_interval=0.05) as rental:
+        assert rental.order.status == "running"
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_refused_order_that_stays_does_not_delay_a_budget(make_sim: MakeSim, form: str) -> None:
     sim = make_sim(form=form, visible_after=0.5, rate_limit=0, create_order_interval=0)

@@ -452,7 +452,7 @@ def test_a_machine_that_hangs(here: Path, hang_at: str) -> None:
     ("how", "said"),
     [
         ("short", ""),
-        ("empty", "131072 bytes are missing"),
+        ("empty", "261120 bytes are missing"),
         ("never", "sent no data for 0.5s"),
         ("flood", "sends a packet of"),
     ],
