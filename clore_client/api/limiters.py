@@ -89,8 +89,8 @@ class FileStore:
 def limit_name(account: str) -> str:
     """Return the name of the file for an account.
 
-    It differs by machine and boot, because the clocks differ and machines may share the folder; and
-    by format, because other versions of this client take a file that they can't read for damaged.
+    It differs by machine and boot, because the clocks differ and machines may share the folder. It
+    also differs by format, because a version of this client treats another format as damaged.
     """
     boot = read_line("/proc/sys/kernel/random/boot_id") or socket.gethostname()
     return (

@@ -224,12 +224,12 @@ def _describe(
 
 
 def _redirect_target(response: requests.Response) -> str:
-    # Only the host: the rest may have a token.
+    # Show only the host, because the rest of the URL may contain a token.
     try:
         host = urlsplit(response.headers.get("Location", "")).hostname
     except ValueError:
         host = None
-    return f"host {printable(host, 100)}" if host else "nowhere"
+    return f"host {printable(host, 100)}" if host else "an unknown host"
 
 
 @functools.cache
