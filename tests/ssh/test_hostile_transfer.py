@@ -546,7 +546,7 @@ def test_kinds_that_change_places(tmp_path: Path) -> None:
     client = CloreClient(state_dir=None)
     options: dict[str, Any] = {"password": "x", "wait": 5}
     with HostileServer(says(listing(X))) as server:
-        with pytest.raises(TransferError, match="no directory"):
+        with pytest.raises(TransferError, match="not a directory"):
             client.download(server.order(), "far", inner / "x", **options)
         (inner / "target" / "far" / "x").mkdir()
         with pytest.raises(TransferError, match="something else"):
