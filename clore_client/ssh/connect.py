@@ -232,7 +232,8 @@ class Login:
             return NotUpYetError(text)
         if "no authentication methods" in lower:
             return SSHError(
-                f"no password or key for {self.where} was found: pass password= or key_path="
+                f"no password or key to log in to {self.where} was found: "
+                "pass password= or key_path="
             )
         # An invalid message from the host can raise any exception in paramiko.
         kind = "" if isinstance(error, self._paramiko.SSHException) else f"{type(error).__name__}: "

@@ -181,7 +181,7 @@ def test_default_keys_and_the_agent(
 ) -> None:
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     with pytest.raises(
-        SSHError, match=r"no password or key for .* was found: pass password= or key_path="
+        SSHError, match=r"no password or key to log in to .* was found: pass password= or key_path="
     ):
         client.connect_ssh(host.order(), wait=300)
     default = tmp_path / "home" / ".ssh" / "id_ed25519"
@@ -607,7 +607,7 @@ def test_the_users_configuration_of_openssh(
         threads = threading.active_count()
         assert works(client, host, **config)
         until(lambda: threading.active_count() <= threads)
-        with pytest.raises(SSHError, match=r"no password or key for|refused the login"):
+        with pytest.raises(SSHError, match=r"no password or key to log in|refused the login"):
             works(client, host, key_path=None)
     with pytest.raises(SSHError, match="jump host"):
         works(client, host, **config)

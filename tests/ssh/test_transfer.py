@@ -352,13 +352,13 @@ def test_what_is_not_there(far: Far, here: Path) -> None:
     with pytest.raises(TransferError, match="is a directory"):
         far.up(here / "file", far.folder)
     (far.folder / "plain").write_bytes(b"stays")
-    with pytest.raises(TransferError, match="no directory"):
+    with pytest.raises(TransferError, match="not a directory"):
         far.up(here, far.folder / "plain")
     (here / "plain").mkdir()
     with pytest.raises(TransferError, match="is a directory"):
         far.down(far.folder / "plain", here)
     (here / "file").write_bytes(b"stays")
-    with pytest.raises(TransferError, match="no directory"):
+    with pytest.raises(TransferError, match="not a directory"):
         far.down(far.folder / "file", here)
     assert (here / "file").read_bytes() == b"stays"
     assert (far.folder / "plain").read_bytes() == b"stays"
