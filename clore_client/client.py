@@ -223,7 +223,7 @@ class CloreClient(HTTPClient):
 
         Returns:
             Three lines: where the key and the base URL come from, and who shares the rate limit. If
-            that is not what the settings ask for, it says since when, and why.
+            that is not what the settings ask for, it says for how long, and why.
 
         Example:
             >>> print(client.describe())
@@ -282,7 +282,7 @@ class CloreClient(HTTPClient):
             has no wallet for this currency.
 
         Raises:
-            ValueError: it is no currency and no part of a wallet's name; the error has the names.
+            ValueError: it is neither a currency nor part of a wallet's name; the error has names.
 
         Example:
             >>> client.get_balance("USD")
@@ -549,8 +549,8 @@ class CloreClient(HTTPClient):
     ) -> CostEstimate:
         """Estimate the cost of a rental, with all fees.
 
-        The fees are those of the account, which are asked for once. Without a key they are the
-        published ones: 5 % on demand, 1.25 % spot, and 0.10 USD after ten minutes.
+        The fees of the account are read once. Without a key, the published fees are used: 5 % on
+        demand, 1.25 % spot, and 0.10 USD after ten minutes.
 
         Parameters:
             server: a server or its id; with an id, the marketplace is read.
@@ -677,8 +677,8 @@ class CloreClient(HTTPClient):
             An :class:`Order` that also has ``code`` (0).
 
         Raises:
-            OrderOutcomeUnknownError: the order may or may not exist, or several orders could be
-                it. Look at :meth:`get_orders` before you order again. ``credentials`` has the
+            OrderOutcomeUnknownError: the order may or may not exist, or several orders match.
+                Check :meth:`get_orders` before you order again. ``credentials`` has the
                 password, key and token that were sent.
             ServerAlreadyRentedError, ServerOfflineError, InsufficientBalanceError,
             BidTooLowError, CurrencyNotAllowedError, DatabaseError: the API refused the order.
@@ -968,9 +968,9 @@ class CloreClient(HTTPClient):
     ) -> RentalGroup:
         """Rent several servers for the length of a ``with`` block, and cancel all at its end.
 
-        They deploy side by side, each on a server of its own; the API allows one order in five
-        seconds. If fewer than ``min_count`` run, all are cancelled. Each rental ends as that of
-        :meth:`rent` does, and all end together, whatever happens.
+        They deploy at the same time, each on a server of its own; the API allows one order in five
+        seconds. If fewer than ``min_count`` run, all are cancelled. All rentals end together, each
+        one in the same way as that of :meth:`rent`.
 
         Parameters:
             count: the number of servers.
@@ -1015,7 +1015,7 @@ class CloreClient(HTTPClient):
         max_cost_usd: float | None = None,
         cancel_timeout: float = 300.0,
     ) -> Rental:
-        """Return a rental of an order that runs already, from any process.
+        """Return a rental for an order that already exists; any process may have made it.
 
         Without ``end``, it can be used with and without a block, and never ends the order. With
         ``end``, it begins with its block or ``start()``, and ends the order as :meth:`rent` does.
@@ -1030,10 +1030,10 @@ class CloreClient(HTTPClient):
             A :class:`Rental`.
 
         Raises:
-            OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
+            OrderEndedError, OrderNotFoundError: the order has ended, or does not exist.
 
         Example:
-            >>> client.attach(1958009).run("nvidia-smi -L").stdout
+            1958009).run("nvidia-smi -L").stdout
             'GPU 0: NVIDIA GeForce RTX 4090'
         """
         from clore_client.rental.rental import AttachedRental
@@ -1096,7 +1096,7 @@ class CloreClient(HTTPClient):
             cancel_timeout: seconds to keep sending each cancel.
 
         Returns:
-            The ids of the orders, which have confirmed ended.
+            The ids of the orders, which are confirmed to have ended.
 
         Raises:
             CancelUnconfirmedError: some orders may still be running; ``order_ids`` has them.
@@ -1123,7 +1123,7 @@ class CloreClient(HTTPClient):
             cancel_timeout: seconds to keep sending each cancel.
 
         Returns:
-            The ids of the orders, which have confirmed ended.
+            The ids of the orders, which are confirmed to have ended.
 
         Raises:
             CancelUnconfirmedError: some orders may still be running; ``order_ids`` has them.
@@ -1336,7 +1336,7 @@ class CloreClient(HTTPClient):
             SSHError: the order has no address yet, no host responded in time, or the host refused
                 the login.
             HostKeyChangedError: the host key has changed; no login was sent.
-            OrderEndedError: the order has ended. After the first failure, the client looks.
+            OrderEndedError: the order has ended. The client checks this when a login fails.
             OrderNotFoundError: the account has no order with this number.
             ValueError: an argument is not valid, such as a ``key_path`` that can't be read.
             ImportError: paramiko is not installed.
@@ -1523,11 +1523,11 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> Job:
-        """Start a job: a command that runs on, without a connection. Needs paramiko.
+        """Start a job: a command that keeps running without a connection. Needs paramiko.
 
         It runs in a session of its own, with an empty standard input. Its output and its exit code
-        are files on the host, in ``~/.clore/jobs/<name>``. So it goes on after the end of this
-        process, and :meth:`job` finds it from any other. It ends with the order.
+        are files on the host, in ``~/.clore/jobs/<name>``. So it continues after the end of this
+        process, and :meth:`job` finds it from any other process. It ends with the order.
 
         Parameters:
             order: a running order or its number.
@@ -1586,11 +1586,11 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> Job:
-        """Return the job with a name, from any process.
+        """Return the job with a name; any process may have started it.
 
         Parameters:
             order: a running order or its number.
-            name: the name that :meth:`start` was given.
+            name: the ``name`` of :meth:`start`.
             ssh, **login: as for :meth:`start`.
 
         Returns:
@@ -1615,8 +1615,8 @@ class CloreClient(HTTPClient):
     ) -> int:
         """Open the host's shell in this terminal, until it ends. Needs paramiko.
 
-        Every key goes to the host, Ctrl-C too. The terminal is as before afterwards, in
-        whichever way the shell ends.
+        Every key is sent to the host, Ctrl-C too. The terminal is restored, however the shell
+        ends.
 
         Parameters:
             order: a running order or its number.
@@ -1652,16 +1652,16 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> int:
-        """Wait until a web service in an order answers by itself.
+        """Wait until a web service in the container of an order responds.
 
-        The public address of an order answers 502 until something in the container listens
-        (seconds to minutes after ``running``, seen on the live API). 502, 503, 504 and 520 to 530
-        count as no answer yet; each other status as an answer. Certificates are verified. Neither
-        the API key nor any other credentials are sent.
+        The public address of an order responds with 502 until something in the container listens
+        (seconds to minutes after ``running``, seen on the live API). The client waits while the
+        status is 502, 503, 504 or 520 to 530; any other status ends the wait. Certificates are
+        verified. Neither the API key nor any other credentials are sent.
 
         Parameters:
             order: a running order or its number.
-            path: the path to ask for.
+            path: the path to request.
             port: the port in the container. If the order has no public address for it, the request
                 goes over SSH, which needs paramiko. None: the order's public address.
             timeout: seconds to wait; ``float("inf")`` waits forever.
@@ -1669,10 +1669,10 @@ class CloreClient(HTTPClient):
             ssh, **login: as for :meth:`run`, where the request goes over SSH.
 
         Returns:
-            The status of the answer, for example 200, 302 or 401.
+            The status of the response, for example 200, 302 or 401.
 
         Raises:
-            WaitTimeoutError: there was no answer in time; ``reason`` has the last one.
+            WaitTimeoutError: the service did not respond in time; ``reason`` says why.
             CloreConnectionError: the certificate is not valid.
             SSHError: the login failed, or the connection broke.
 
@@ -1783,8 +1783,9 @@ class CloreClient(HTTPClient):
                 directory.
             preserve: keep permissions and times.
             verify: compare the SHA-256 of every file.
-            resume: continue an earlier transfer that failed. At most 5 % of what had arrived is
-                sent again (or 256 KB). If the size or time of the source has changed, start over.
+            resume: continue an earlier transfer that failed. At most 5 % of the received data
+                is sent again (or 256 KB). If the size or time of the source has changed, the
+                transfer starts over.
             symlinks: ``"skip"``, ``"copy"`` or ``"follow"``, as in the table.
             exclude: patterns as in ``.gitignore``, of what to leave out. Needs pathspec.
             skip_unchanged: True leaves out the files whose size and time, in whole seconds, are the
@@ -1911,7 +1912,7 @@ class CloreClient(HTTPClient):
     ) -> str:
         """Return the command that copies to the host with rsync, quoted for a shell.
 
-        It logs in as the line of :meth:`ssh_command` does, with the pinned host key.
+        It logs in as the command of :meth:`ssh_command` does, with the pinned host key.
 
         Parameters:
             order: a running order or its number.

@@ -34,7 +34,7 @@ LOCK_AT = 1 << 30  # the locked byte on Windows; the content before it stays rea
 SAFE_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 SAFE_FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 FIRST_LOCK_PAUSE, LONGEST_LOCK_PAUSE = 0.0002, 0.01  # seconds between two tries to lock a file
-LONGEST_STATE_FILE = 1_000_000  # bytes; a longer file is not ours
+LONGEST_STATE_FILE = 1_000_000  # bytes; this package never writes a longer file
 
 
 def clean_key(key: object, source: str) -> str:
@@ -155,7 +155,7 @@ def is_loopback(base_url: str) -> bool:
 
 
 def check_key_may_go_to(base_url: str) -> None:
-    """Check that a URL is safe for the key: https, or this machine."""
+    """Check that the key may be sent to a URL: over https, or to this machine."""
     if not base_url.lower().startswith("https://") and not is_loopback(base_url):
         host = printable(urlsplit(base_url).hostname or "", 100)
         raise ConfigurationError(
@@ -335,16 +335,16 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def make_private_folder(folder: Path) -> None:
-    """Create a folder that only this user may enter, or close an existing one to the others.
+    """Create a folder that only this user may enter, or remove the access of other users to it.
 
     Raises:
-        OSError: it can't be created, is no folder, or belongs to another user.
+        OSError: it can't be created, is not a folder, or belongs to another user.
     """
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     about = os.lstat(folder)
     if not stat.S_ISDIR(about.st_mode):
-        raise OSError("it is no folder")
+        raise OSError("it is not a folder")
     if os.name == "nt":
         return
     if about.st_uid != os.geteuid():
@@ -357,7 +357,7 @@ def read_state_file(path: Path) -> dict[str, Any]:
     """Return the JSON object in a small file of this user.
 
     Raises:
-        OSError, ValueError, RecursionError: the file can't be read, or is not one of ours.
+        OSError, ValueError, RecursionError: the file can't be read, or is not valid.
     """
     handle = os.open(path, SAFE_FLAGS | os.O_RDONLY)
     try:

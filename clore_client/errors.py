@@ -27,7 +27,7 @@ SECRET_FIELDS = frozenset(
 CREATE_ORDER_CODE_1 = (
     "on create_order, code 1 has been seen for an empty wallet, for a server that was just rented, "
     "for a required_price that differs from the listing, for env values with '&', typographic "
-    "quotes or emoji, and also when the order was made: look at get_orders() before you order again"
+    "quotes or emoji, and also when the order was made: check get_orders() before you order again"
 )
 
 
@@ -77,7 +77,7 @@ def masked(value: Any, depth: int = 20) -> Any:
     return [masked(v, depth - 1) for v in value]
 
 
-def without(text: str, secrets: tuple[str, ...]) -> str:
+def redact(text: str, secrets: tuple[str, ...]) -> str:
     """Return ``text`` without the ``secrets``, because a response may repeat the request."""
     for secret in secrets:
         # The secret can also be escaped, in JSON or in the repr of a string.
@@ -89,7 +89,7 @@ def without(text: str, secrets: tuple[str, ...]) -> str:
 def _redacted(value: Any, secrets: tuple[str, ...], depth: int = 20) -> Any:
     """Return ``value`` with the ``secrets`` replaced in all its strings."""
     if isinstance(value, str):
-        return without(value, secrets)
+        return redact(value, secrets)
     if isinstance(value, dict) and depth:
         return {k: _redacted(v, secrets, depth - 1) for k, v in value.items()}
     if isinstance(value, list) and depth:
@@ -221,7 +221,7 @@ class SpendingLimitError(CloreError):
 
 
 class OrderEndedError(CloreError):
-    """An order has ended, before it had the awaited status, or before a call that needs its server.
+    """An order ended before it had the awaited status, or before a call that needs its host.
 
     Attributes:
         order_id, status: the order, and its final status.
@@ -323,7 +323,7 @@ class CloreAPIError(CloreError):
         secrets: tuple[str, ...] = (),
     ) -> None:
         self.code = code
-        self.error = None if error is None else without(error, secrets)
+        self.error = None if error is None else redact(error, secrets)
         self.response: dict[str, Any] = _redacted(response or {}, secrets)
         self.http_status = http_status
         self.endpoint = endpoint
@@ -331,7 +331,7 @@ class CloreAPIError(CloreError):
         if retryable is not None:
             self.retryable = retryable
         text = self.error or ERROR_CODES.get(code) or f"Unknown error (code {code})"
-        envelope = without(repr(masked(self.response)), secrets)
+        envelope = redact(repr(masked(self.response)), secrets)
         super().__init__(
             f"Clore API Error {code}: {printable(text)} | response={printable(envelope)}"
         )
@@ -480,7 +480,7 @@ STDERR_TAIL = 500  # an error shows the last characters
 class HostKeyChangedError(SSHError):
     """The host key has changed since the first login to this order.
 
-    Its container was restarted, or another host responds in its place. No login was sent.
+    Its container was created again, or another host has its address. No password or key was sent.
 
     Attributes:
         order_id: the order, or None if the record has no id.

@@ -96,7 +96,7 @@ def without_fee(price: float, fee: float) -> float:
 
 
 def creation_fee_after(seconds: float, fee: float = CREATION_FEE) -> float:
-    """Return the creation fee of an order that lasts a time: 0 in the first ten minutes."""
+    """Return the creation fee of an order that has run for ``seconds``: 0 before ten minutes."""
     return fee if seconds >= CREATION_FEE_AFTER else 0.0
 
 

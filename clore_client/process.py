@@ -42,7 +42,7 @@ class ProcessState:
 
         Parameters:
             make: the class of the object, or a function that makes it.
-            *key: what it belongs to, with the digest of the account.
+            *key: identifies the object; one part is the digest of the account.
         """
         if key not in self._of_accounts:
             # setdefault() is atomic: if two threads make one, both get the first.
@@ -53,11 +53,11 @@ class ProcessState:
     def forget_parent(self) -> None:
         """Leave the rentals to the parent, after a fork."""
         self.rentals.clear()
-        # The files that a child inherits would keep the parent's locks after the parent's death.
+        # An inherited open file would keep the parent's lock after the parent has died.
         for entry in self.entries.values():
             entry.unlock()
         self.entries.clear()
-        self._of_accounts.clear()  # another thread may have held a lock of these at the fork
+        self._of_accounts.clear()  # at the fork, another thread may have held one of their locks
 
 
 this_process = ProcessState()

@@ -55,7 +55,7 @@ class ProgressOptions:
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[Report | None]:
-        """Return a function that reports an event, or None if nothing shows or takes it."""
+        """Yield a function that reports an event, or None if nothing receives events."""
         display = open_display() if self.shown else None
         reports = [] if self.on_progress is None else [self.on_progress]
         if display is not None:
@@ -74,7 +74,7 @@ class ProgressOptions:
 
 
 def open_display() -> PlainDisplay | BarDisplay | None:
-    """Return a display for this terminal or notebook; None if neither is there."""
+    """Return a display for this terminal or notebook; None if there is neither."""
     notebook = "ipykernel" in sys.modules
     if not notebook and not (sys.stderr is not None and sys.stderr.isatty()):
         return None

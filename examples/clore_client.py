@@ -43,8 +43,8 @@ Contents:
     api.redis_limit             Keep a rate limit in Redis, so that many machines share it.
     api.retry                   Classify responses and failures by the retry policy, and decide when
                                 a call gives up.
-    api.request                 Make API calls: send a request, respect the rate limit, retry,
-                                return a response or an error.
+    api.request                 Make API calls: respect the rate limit, send the request, retry,
+                                return a response or raise.
     market.filters              Check the filters of a search; know the groups of countries and the
                                 names of GPUs.
     market.market               Read the marketplace: prices, exchange rates, fees, and which hosts
@@ -114,7 +114,7 @@ Contents:
     ssh.transfer.upload         Upload files and directories under a temporary name, which is
                                 renamed at the end.
     ssh.tunnel                  Reach a service on a host: forward a local port to it, or wait until
-                                it answers HTTP requests.
+                                it responds over HTTP.
     client                      CloreClient, with one method for each task.
 """
 
@@ -309,7 +309,7 @@ SECRET_FIELDS = frozenset(
 CREATE_ORDER_CODE_1 = (
     "on create_order, code 1 has been seen for an empty wallet, for a server that was just rented, "
     "for a required_price that differs from the listing, for env values with '&', typographic "
-    "quotes or emoji, and also when the order was made: look at get_orders() before you order again"
+    "quotes or emoji, and also when the order was made: check get_orders() before you order again"
 )
 
 
@@ -359,7 +359,7 @@ def masked(value: Any, depth: int = 20) -> Any:
     return [masked(v, depth - 1) for v in value]
 
 
-def without(text: str, secrets: tuple[str, ...]) -> str:
+def redact(text: str, secrets: tuple[str, ...]) -> str:
     """Return ``text`` without the ``secrets``, because a response may repeat the request."""
     for secret in secrets:
         # The secret can also be escaped, in JSON or in the repr of a string.
@@ -371,7 +371,7 @@ def without(text: str, secrets: tuple[str, ...]) -> str:
 def _redacted(value: Any, secrets: tuple[str, ...], depth: int = 20) -> Any:
     """Return ``value`` with the ``secrets`` replaced in all its strings."""
     if isinstance(value, str):
-        return without(value, secrets)
+        return redact(value, secrets)
     if isinstance(value, dict) and depth:
         return {k: _redacted(v, secrets, depth - 1) for k, v in value.items()}
     if isinstance(value, list) and depth:
@@ -503,7 +503,7 @@ class SpendingLimitError(CloreError):
 
 
 class OrderEndedError(CloreError):
-    """An order has ended, before it had the awaited status, or before a call that needs its server.
+    """An order ended before it had the awaited status, or before a call that needs its host.
 
     Attributes:
         order_id, status: the order, and its final status.
@@ -605,7 +605,7 @@ class CloreAPIError(CloreError):
         secrets: tuple[str, ...] = (),
     ) -> None:
         self.code = code
-        self.error = None if error is None else without(error, secrets)
+        self.error = None if error is None else redact(error, secrets)
         self.response: dict[str, Any] = _redacted(response or {}, secrets)
         self.http_status = http_status
         self.endpoint = endpoint
@@ -613,7 +613,7 @@ class CloreAPIError(CloreError):
         if retryable is not None:
             self.retryable = retryable
         text = self.error or ERROR_CODES.get(code) or f"Unknown error (code {code})"
-        envelope = without(repr(masked(self.response)), secrets)
+        envelope = redact(repr(masked(self.response)), secrets)
         super().__init__(
             f"Clore API Error {code}: {printable(text)} | response={printable(envelope)}"
         )
@@ -762,7 +762,7 @@ STDERR_TAIL = 500  # an error shows the last characters
 class HostKeyChangedError(SSHError):
     """The host key has changed since the first login to this order.
 
-    Its container was restarted, or another host responds in its place. No login was sent.
+    Its container was created again, or another host has its address. No password or key was sent.
 
     Attributes:
         order_id: the order, or None if the record has no id.
@@ -936,7 +936,7 @@ def without_fee(price: float, fee: float) -> float:
 
 
 def creation_fee_after(seconds: float, fee: float = CREATION_FEE) -> float:
-    """Return the creation fee of an order that lasts a time: 0 in the first ten minutes."""
+    """Return the creation fee of an order that has run for ``seconds``: 0 before ten minutes."""
     return fee if seconds >= CREATION_FEE_AFTER else 0.0
 
 
@@ -1345,7 +1345,7 @@ class ProgressOptions:
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[Report | None]:
-        """Return a function that reports an event, or None if nothing shows or takes it."""
+        """Yield a function that reports an event, or None if nothing receives events."""
         display = open_display() if self.shown else None
         reports = [] if self.on_progress is None else [self.on_progress]
         if display is not None:
@@ -1364,7 +1364,7 @@ class ProgressOptions:
 
 
 def open_display() -> PlainDisplay | BarDisplay | None:
-    """Return a display for this terminal or notebook; None if neither is there."""
+    """Return a display for this terminal or notebook; None if there is neither."""
     notebook = "ipykernel" in sys.modules
     if not notebook and not (sys.stderr is not None and sys.stderr.isatty()):
         return None
@@ -1461,7 +1461,7 @@ LOCK_AT = 1 << 30  # the locked byte on Windows; the content before it stays rea
 SAFE_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 SAFE_FLAGS |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 FIRST_LOCK_PAUSE, LONGEST_LOCK_PAUSE = 0.0002, 0.01  # seconds between two tries to lock a file
-LONGEST_STATE_FILE = 1_000_000  # bytes; a longer file is not ours
+LONGEST_STATE_FILE = 1_000_000  # bytes; this package never writes a longer file
 
 
 def clean_key(key: object, source: str) -> str:
@@ -1582,7 +1582,7 @@ def is_loopback(base_url: str) -> bool:
 
 
 def check_key_may_go_to(base_url: str) -> None:
-    """Check that a URL is safe for the key: https, or this machine."""
+    """Check that the key may be sent to a URL: over https, or to this machine."""
     if not base_url.lower().startswith("https://") and not is_loopback(base_url):
         host = printable(urlsplit(base_url).hostname or "", 100)
         raise ConfigurationError(
@@ -1762,16 +1762,16 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def make_private_folder(folder: Path) -> None:
-    """Create a folder that only this user may enter, or close an existing one to the others.
+    """Create a folder that only this user may enter, or remove the access of other users to it.
 
     Raises:
-        OSError: it can't be created, is no folder, or belongs to another user.
+        OSError: it can't be created, is not a folder, or belongs to another user.
     """
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     about = os.lstat(folder)
     if not stat.S_ISDIR(about.st_mode):
-        raise OSError("it is no folder")
+        raise OSError("it is not a folder")
     if os.name == "nt":
         return
     if about.st_uid != os.geteuid():
@@ -1784,7 +1784,7 @@ def read_state_file(path: Path) -> dict[str, Any]:
     """Return the JSON object in a small file of this user.
 
     Raises:
-        OSError, ValueError, RecursionError: the file can't be read, or is not one of ours.
+        OSError, ValueError, RecursionError: the file can't be read, or is not valid.
     """
     handle = os.open(path, SAFE_FLAGS | os.O_RDONLY)
     try:
@@ -1839,7 +1839,7 @@ class ProcessState:
 
         Parameters:
             make: the class of the object, or a function that makes it.
-            *key: what it belongs to, with the digest of the account.
+            *key: identifies the object; one part is the digest of the account.
         """
         if key not in self._of_accounts:
             # setdefault() is atomic: if two threads make one, both get the first.
@@ -1850,11 +1850,11 @@ class ProcessState:
     def forget_parent(self) -> None:
         """Leave the rentals to the parent, after a fork."""
         self.rentals.clear()
-        # The files that a child inherits would keep the parent's locks after the parent's death.
+        # An inherited open file would keep the parent's lock after the parent has died.
         for entry in self.entries.values():
             entry.unlock()
         self.entries.clear()
-        self._of_accounts.clear()  # another thread may have held a lock of these at the fork
+        self._of_accounts.clear()  # at the fork, another thread may have held one of their locks
 
 
 this_process = ProcessState()
@@ -2154,7 +2154,7 @@ def price_in(server: Server, spot: bool, currency: str | None) -> float | None:
     Parameters:
         server: the server.
         spot: return the lowest spot bid that the host accepts.
-        currency: the API's name; None takes the price that the reference page names.
+        currency: the API's name; None takes the price of the documented form.
     """
     price = None
     if currency is not None and spot:
@@ -2219,8 +2219,8 @@ def _parse_version(text: str) -> tuple[int, int] | None:
 def nominal_vram(record: dict[str, Any]) -> float | None:
     """Return the memory of one GPU in GB, as the maker states it, or None.
 
-    The live API rounds down, so that a card with 24 GB shows 23. The cards of the last years with
-    an odd size are the 1080 Ti and the 2080 Ti, with 11 GB.
+    The live API rounds down, so that a card with 24 GB shows 23. Of the recent cards, only the
+    1080 Ti and the 2080 Ti have an odd size, 11 GB.
     """
     size = positive(part_of(record, "specs", "gpuram"))
     if size is None or size < 6 or size % 2 != 1:
@@ -2410,8 +2410,8 @@ def to_server(record: dict[str, Any], live: bool) -> Server:
 class Marketplace:
     """Read the list of servers in one response.
 
-    With the extra ``fast``, a server is decoded when it is read: to keep thousands of them takes
-    longer than to decode them twice.
+    With the extra ``fast``, a server is decoded each time it is read. This is faster than to keep
+    thousands of decoded servers.
 
     Attributes:
         live: whether the response is in the live form.
@@ -2426,7 +2426,7 @@ class Marketplace:
         servers = response.get("servers")
         self._servers = servers if isinstance(servers, (list, RawRecords)) else []
         self.live = any(_is_live_server(record) for record in self._servers)
-        self._places: list[int] = []  # of the servers among other things in the list
+        self._places: list[int] = []  # the indexes of the servers; other items are skipped
         self.ids: list[int | None] = []
         self.gpus: list[tuple[str, ...]] = []
         self.rented: list[bool] = []
@@ -2742,7 +2742,7 @@ def to_order(
 
 
 def set_listed_price(order: Order, usd_per_hour: float) -> None:
-    """Set the exchange rate of an order by the listed on-demand price of its server."""
+    """Set the exchange rate of an order from the listed on-demand price of its server."""
     if (price := positive(order.get("price"))) is not None:
         rates = ExchangeRates()
         rates.update({wire_currency(order["currency"]): usd_per_hour / price}, display_only=True)
@@ -2852,11 +2852,11 @@ def cell_text(text: str | None, widest: int = MAX_WIDTH) -> str:
     """Return the text of a cell on one line, in printable ASCII; the rest is escaped."""
     plain = printable((text or "")[:widest].encode("ascii", "backslashreplace").decode())
     cut = len(plain) > widest or len(text or "") > widest
-    return f"{plain[: widest - 3]}..." if cut else plain
+    return re.sub(r"\\([xuU][0-9a-f]{0,7})?$", "", plain[: widest - 3]) + "..." if cut else plain
 
 
 def cells_of(records: Sequence[Any], columns: Sequence[Column]) -> list[tuple[Column, list[str]]]:
-    """Return each column with its cells, without the columns that have no text at all."""
+    """Return each column with its cells, without the columns that are empty."""
     filled = [(c, [cell_text(c.text(record), c.widest) for record in records]) for c in columns]
     return [(column, cells) for column, cells in filled if any(cells)]
 
@@ -3143,7 +3143,7 @@ class WalletList(Listing[Wallet]):
 
 # --- the plot of prices ---
 
-# One for each of the most frequent models.
+# One color for each of the most frequent models.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#9467bd",
           "#a0a000", "#17becf")  # fmt: skip
 OTHER_COLOR = "#c0c0c0"
@@ -3187,7 +3187,7 @@ def plot_server_prices(servers: Iterable[Server], path: str | os.PathLike[str] |
         path: a picture file to write; with None, pyplot shows the plot.
 
     Returns:
-        The ``matplotlib.axes.Axes``. A notebook would show a figure twice.
+        The ``matplotlib.axes.Axes``, and not the figure, which a notebook would show twice.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -3444,7 +3444,7 @@ class Rules:
     Attributes:
         needs_key: whether it needs an API key.
         repeatable: whether sending it twice does no harm.
-        urgent: whether it goes first, as it costs money while it waits.
+        urgent: whether it is sent before other requests, because waiting costs money.
         spaced: whether it has a longer interval, ``create_order_interval``.
         logged: whether it starts or stops costs.
     """
@@ -3479,7 +3479,7 @@ def rules_for(method: str, name: str) -> Rules:
 
 
 class Call:
-    """An API call: its request, ready to be sent, and the rules for its retries.
+    """Prepare an API call: check its arguments, build its request, find the rules for its retries.
 
     Parameters:
         session: prepares the request.
@@ -3493,7 +3493,7 @@ class Call:
         settings: the arguments of ``Session.send``.
         key: the API key, or an empty string.
         secrets: the strings that no error may show.
-        lists_servers: whether to leave the servers in the response in JSON, if possible.
+        lists_servers: whether to keep the servers in the response as JSON text, if possible.
 
     Raises:
         AuthenticationError: the endpoint needs a key, and there is none.
@@ -3501,6 +3501,7 @@ class Call:
     """
 
     lists_servers = False
+    label = ""
 
     def __init__(
         self,
@@ -3518,6 +3519,7 @@ class Call:
     ) -> None:
         method = _check_method(method, options)
         self.endpoint, self.base_url = check_endpoint(endpoint), base_url
+        self.label = f"{method} {endpoint}"
         path = unquote(urlsplit(endpoint).path)
         self.name = path.rstrip("/").rsplit("/", 1)[-1].lower()
         self.rules = rules_for(method, self.name)
@@ -3541,10 +3543,6 @@ class Call:
     def repeatable(self) -> bool:
         return self.rules.repeatable
 
-    @property
-    def label(self) -> str:
-        return f"{self.request.method} {self.endpoint}"
-
     def lost(self, cause: str) -> CloreError:
         """Make the error for a request that was sent and got no usable response."""
         if self.repeatable:
@@ -3552,7 +3550,7 @@ class Call:
         if self.name == "create_order":
             return OrderOutcomeUnknownError(
                 f"create_order was sent but got no clear response ({cause}): the order may or may "
-                "not exist. It was not sent again. Look at get_orders() now and again in a minute, "
+                "not exist. It was not sent again. Check get_orders() now and again in a minute, "
                 "before you order again",
                 endpoint=self.endpoint,
             )
@@ -3703,8 +3701,8 @@ class Exchange(threading.local):
         try:
             yield
         finally:
-            # Called after the write: a thread that pauses in between would send too late, and so
-            # too close to the next request.
+            # Called after the write: if the thread was paused before it, the request was sent late,
+            # and the next one must wait longer.
             self._on_sent()
 
 
@@ -3826,7 +3824,7 @@ class Session(requests.Session):
 
 
 class Sessions:
-    """Keep the sessions of a client. Each request has a session for itself.
+    """Keep the sessions of a client. Each request uses a session of its own.
 
     A session whose request is interrupted is not used again, as its state and its locks are not
     known.
@@ -3924,21 +3922,22 @@ def reason_of(error: BaseException) -> Any:
 # ==================================================================================================
 
 
-LONGEST_SLEEP = 0.5  # seconds after which a waiting request looks at the schedule again
+LONGEST_SLEEP = 0.5  # seconds after which a waiting request polls the schedule again
 RECENT = 20  # how many of the last responses are counted for the error message
-YIELD_CHANCE = 0.3  # how many of the requests keep the surplus behind them
-# Parts of the interval, unless they say otherwise. The script for Redis gets them, too.
+YIELD_CHANCE = 0.3  # the fraction of requests that leave the surplus after them
+# Fractions of the interval, unless a comment gives another unit. The Redis script uses them too.
 PACE = {
-    "lead": 0.05,  # a send time is granted this long before it, so that a slow store costs no time
+    "lead": 0.05,  # how long before its send time a request gets it: a slow store costs no time
     "late": 0.005,  # a request that is sent up to this much late needs no report
-    "grace": 0.125,  # how long a request in the queue lets each one before it look first
+    "grace": 0.125,  # how long a request waits for each one ahead of it in the queue
     "longest_grace": 1.0,
-    # After a refusal, other programs use the key, too. Some requests then leave more space behind
-    # them: programs that send several requests in a row waste less than ones that alternate.
+    # A refusal means that other programs use the key too. Some requests then leave a longer gap
+    # after them, so that the programs take turns of several requests, which wastes less time than
+    # a change after every request.
     "jitter": 0.3,  # a retry comes up to this much later than the interval
-    "slow_down": 0.2,  # each refusal adds this to the space behind a request
+    "slow_down": 0.2,  # each refusal adds this to the gap after a request
     "widest": 4.0,
-    "speed_up": 0.1,  # a call without a refusal reduces that space by this fraction
+    "speed_up": 0.1,  # a call without a refusal reduces that gap by this fraction
     "longest_pause": 3600.0,  # seconds; a broken proxy may ask for a pause of any length
 }
 
@@ -3960,21 +3959,21 @@ class DeadlinePassedError(Exception):
 
 
 class Turn:
-    """The place of one call in the queue, which it keeps for its retries.
+    """Hold the place of one call in the queue, also for its retries.
 
     All times are monotonic, in seconds.
 
     Attributes:
-        interval: seconds from the request before, and to the one after.
-        urgent: whether it goes first, and ignores the pause that the API asks for.
-        spacing: an endpoint with a longer interval, and its seconds.
+        interval: seconds to the previous request, and to the next one.
+        urgent: whether it is sent before others, and ignores the pause that the API asks for.
+        spacing: an endpoint with a longer interval, and that interval in seconds.
         patience: the longest pause that it waits for, in seconds.
         deadline, not_before: when it must, and when it may be sent.
         sent_at: when it was sent, or else its send time.
-        grant_ends: when its send time is void, because another request may get the next one.
-        refusals: how many times the API refused it for the rate limit.
+        grant_ends: when its send time expires; another request may get the next send time then.
+        refusals: how many times the API refused it because of the rate limit.
         retry_after: seconds that the last refusal asked it to wait.
-        slowed: whether earlier refusals still widen the space between requests.
+        slowed: whether earlier refusals still widen the gaps between requests.
     """
 
     def __init__(
@@ -4000,29 +3999,29 @@ class Turn:
 
     @property
     def rank(self) -> int:
-        """0 for urgent requests, which go first, else 1."""
+        """0 for urgent requests, which are sent first, else 1."""
         return 0 if self.urgent else 1
 
 
 def entry_lifetime(turn: Turn) -> float:
-    """Return the seconds after which a request that has not looked again counts as dead."""
+    """Return the seconds after which a request that has stopped polling counts as dead."""
     return 2 * (LONGEST_SLEEP + turn.interval)
 
 
 def random_gap() -> float:
-    """Return the part of the surplus that a request keeps behind it: all or nothing."""
+    """Return the fraction of the surplus that a request leaves after it: 0.0 or 1.0."""
     return 1.0 if random.random() < YIELD_CHANCE else 0.0
 
 
 # Not a named tuple: creating one makes the import slower.
-class Look:
-    """The answer to a waiting request that looks at the schedule.
+class PollResult:
+    """The result when a waiting request polls the schedule.
 
     Attributes:
         granted: whether it got a send time.
-        at: its send time if it got one, else the time of its next look (monotonic).
+        at: its send time if it got one, else the time of its next poll (monotonic).
         paused: seconds that are left of the pause that the API asked for.
-        slowed: whether refusals widen the space between requests.
+        slowed: whether refusals widen the gaps between requests.
         too_late: whether it can't be sent before its deadline.
     """
 
@@ -4039,23 +4038,23 @@ class Schedule:
     Each method is one step on plain numbers, which can be kept in memory, in a file, or in Redis
     (``redis_limit.py`` has the same steps in Lua).
 
-    The first request of the queue looks when the next request may be sent, the second a little
-    later, and so on. Each gets the send time if none before it has. So a dead process costs at most
-    one interval, and no request has to look more than about once per interval.
+    The first request in the queue polls when the next request may be sent, the second one a little
+    later, and so on. The first of them that polls gets the send time. So a dead process delays the
+    others by one interval at most, and each request polls about once per interval.
     """
 
     def __init__(self) -> None:
         self.last = 0.0  # when the last request was sent, or may be sent
         self.interval = 0.0  # seconds to keep after it
-        self.surplus = 0.0  # seconds by which refusals widen the space behind some requests
-        self.gap = 0.0  # seconds by which they widen it behind the last one
+        self.surplus = 0.0  # seconds by which refusals widen the gap after some requests
+        self.gap = 0.0  # seconds by which they widen it after the last request
         self.paused_until = 0.0
         self.spaced: dict[str, list[float]] = {}  # name -> [when the last was sent, seconds]
         # id of a turn -> [rank, arrival, when it may be sent at the earliest, when it expires]
         self.waiting: dict[str, list[float]] = {}
 
-    def look(self, turn: Turn, now: float) -> Look:
-        """Grant a send time, or return when to look again."""
+    def poll(self, turn: Turn, now: float) -> PollResult:
+        """Grant a send time, or return when to poll again."""
         self._correct(now)
         own = self._own_ready(turn)
         ready = self._ready(turn, own)
@@ -4063,20 +4062,20 @@ class Schedule:
         self.waiting = {i: entry for i, entry in self.waiting.items() if entry[3] > now}
         self.waiting.pop(turn.id, None)
         if paused > turn.patience or max(ready, now) > turn.deadline:
-            return Look(False, now, paused, too_late=True)
+            return PollResult(False, now, paused, too_late=True)
         mine = [turn.rank, turn.arrived]
         ahead = [i for i, entry in self.waiting.items() if entry[:2] < mine and entry[2] <= ready]
         grace = min(PACE["grace"] * len(ahead), PACE["longest_grace"]) * turn.interval
         at = ready - PACE["lead"] * turn.interval + grace
         if at > now:
             self.waiting[turn.id] = [*mine, own, now + entry_lifetime(turn)]
-            return Look(False, at, paused, self.surplus > 0)
-        for late in ahead:  # dead, or slow: then it comes back
+            return PollResult(False, at, paused, self.surplus > 0)
+        for late in ahead:  # a dead request, or a slow one, which will poll again
             del self.waiting[late]
         send_time = max(ready, now)
         self._record(turn, send_time + PACE["late"] * turn.interval)
         self.gap = self.surplus * random_gap()
-        return Look(True, send_time, paused, self.surplus > 0)
+        return PollResult(True, send_time, paused, self.surplus > 0)
 
     def sent(self, turn: Turn, now: float) -> None:
         """Record that a request is sent later than its send time."""
@@ -4098,7 +4097,7 @@ class Schedule:
             self.surplus = 0.0
 
     def _correct(self, now: float) -> None:
-        """Correct times in the far future, which are there after the clock was set back."""
+        """Correct times that are far in the future because the clock was set back."""
         self.last = min(self.last, now + self.interval)
         self.paused_until = min(self.paused_until, now + PACE["longest_pause"])
         for entry in self.spaced.values():
@@ -4130,10 +4129,10 @@ class Store(Protocol):
 
     @property
     def level(self) -> str:
-        """Who shares the schedule, for ``client.describe()``."""
+        """Describe who shares the schedule, for ``client.describe()``."""
 
     def apply(self, step: str, turn: Turn) -> Any:
-        """Make one step of :class:`Schedule`, given by its name, and return its result.
+        """Run one step of :class:`Schedule`, given by its name, and return its result.
 
         Raises:
             StoreUnavailableError: that is not possible now.
@@ -4150,7 +4149,7 @@ class ProcessStore:
         self._schedule = Schedule()
 
     def apply(self, step: str, turn: Turn) -> Any:
-        """Make one step."""
+        """Run one step of the schedule."""
         with self._lock:
             return getattr(self._schedule, step)(turn, time.monotonic())
 
@@ -4174,12 +4173,12 @@ class RateLimiter:
 
     @property
     def level(self) -> str:
-        """Who shares the rate limit."""
+        """Describe who shares the rate limit."""
         return self._store.level
 
     @property
     def recently_refused(self) -> tuple[int, int]:
-        """How many of the last requests the API refused for the rate limit, and of how many."""
+        """(refused, total): how many of the last requests hit the API's rate limit."""
         return sum(self._refusals), len(self._refusals)
 
     def wait(self, turn: Turn, deadline: float = math.inf) -> None:
@@ -4191,19 +4190,19 @@ class RateLimiter:
         """
         turn.deadline = deadline
         while True:
-            look: Look = self._store.apply("look", turn)
-            turn.slowed = look.slowed
-            if look.paused > turn.patience:
-                raise PauseTooLongError(look.paused)
-            if look.too_late:
+            result: PollResult = self._store.apply("poll", turn)
+            turn.slowed = result.slowed
+            if result.paused > turn.patience:
+                raise PauseTooLongError(result.paused)
+            if result.too_late:
                 raise DeadlinePassedError
             now = time.monotonic()
-            if look.granted:
-                turn.sent_at = look.at
-                turn.grant_ends = look.at + (1 - PACE["lead"]) * turn.interval
-                _sleep(look.at - now)
+            if result.granted:
+                turn.sent_at = result.at
+                turn.grant_ends = result.at + (1 - PACE["lead"]) * turn.interval
+                _sleep(result.at - now)
                 return
-            _sleep(min(look.at - now, LONGEST_SLEEP, deadline - now))
+            _sleep(min(result.at - now, LONGEST_SLEEP, deadline - now))
 
     def before_send(self, turn: Turn, deadline: float = math.inf) -> None:
         """Record that the request is about to be sent. Wait again if its send time is void."""
@@ -4240,8 +4239,9 @@ class RateLimiter:
 
 
 LIMIT_PREFIX = "rate-limit-"
+SCHEDULE_FORMAT = "json-1"
 LONGEST_SCHEDULE = 100_000  # bytes
-LIMIT_LOCK_PATIENCE = 0.5  # seconds; others lock the file for microseconds
+LIMIT_LOCK_PATIENCE = 0.5  # seconds; other processes lock the file for microseconds
 UNUSED_AFTER = 86_400.0  # seconds after which the file of a key is removed
 NUMBERS = ("last", "interval", "surplus", "gap", "paused_until")
 LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
@@ -4261,11 +4261,11 @@ class FileStore:
 
     @property
     def level(self) -> str:
-        """Who shares the schedule."""
+        """Describe who shares the schedule."""
         return f"among all processes on this machine, by {self._path}"
 
     def apply(self, step: str, turn: Turn) -> Any:
-        """Make one step."""
+        """Run one step of the schedule."""
         try:
             with self._lock:
                 handle, created = open_private(self._path)
@@ -4298,10 +4298,14 @@ class FileStore:
 def limit_name(account: str) -> str:
     """Return the name of the file for an account.
 
-    It differs by machine and boot, because the clocks differ and machines may share the folder.
+    It differs by machine and boot, because the clocks differ and machines may share the folder. It
+    also differs by format, because a version of this client treats another format as damaged.
     """
     boot = read_line("/proc/sys/kernel/random/boot_id") or socket.gethostname()
-    return LIMIT_PREFIX + hashlib.sha256(f"{account}\n{boot}".encode()).hexdigest()[:32]
+    return (
+        LIMIT_PREFIX
+        + hashlib.sha256(f"{account}\n{boot}\n{SCHEDULE_FORMAT}".encode()).hexdigest()[:32]
+    )
 
 
 def dump(schedule: Schedule) -> bytes:
@@ -4310,10 +4314,10 @@ def dump(schedule: Schedule) -> bytes:
 
 
 def load(text: bytes, now: float) -> Schedule:
-    """Return the schedule in a text.
+    """Parse a schedule.
 
-    If the text is damaged, the schedule is a new one, in which the first request waits for an
-    interval, because another one may just have been sent.
+    If the text is damaged, return a new schedule, in which the first request waits for one
+    interval, because another request may just have been sent.
     """
     schedule = Schedule()
     if not text:
@@ -4326,7 +4330,7 @@ def load(text: bytes, now: float) -> Schedule:
         vars(schedule).update(zip(NUMBERS, numbers, strict=True))
         schedule.spaced = _table(fields["spaced"], 2)
         schedule.waiting = _table(fields["waiting"], 4)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         schedule = Schedule()
         schedule.last = now
     return schedule
@@ -4365,18 +4369,18 @@ class FallbackStore:
 
     @property
     def level(self) -> str:
-        """Who shares the schedule now, and since when it is not the first store."""
+        """Describe who shares the schedule now, and for how long the first store has failed."""
         failed_at = self._failed_at
         if failed_at is None:
             return self._first.level
         seconds = time.monotonic() - failed_at
-        return f"{self._second.level} (since {seconds:.0f} s, because {self._failure})"
+        return f"{self._second.level} (for {seconds:.0f} s, because {self._failure})"
 
     def apply(self, step: str, turn: Turn) -> Any:
-        """Make one step."""
+        """Run one step of the schedule."""
         if self._failed_at is not None and time.monotonic() < self._next_try:
             return self._second.apply(step, turn)
-        # If it takes time to fail again, other threads do not wait for it.
+        # Set before the try, which can be slow: other threads then use the second store.
         self._next_try = time.monotonic() + TRY_AGAIN
         try:
             result = self._first.apply(step, turn)
@@ -4447,8 +4451,8 @@ REDIS_TIMEOUT = 0.5  # seconds to connect, and for one reply
 REDIS_EXPIRY = 86_400  # seconds after which Redis forgets a key that nobody uses
 FOREVER = 1e9  # seconds; JSON has no infinity
 
-# The steps of the class Schedule, by the clock of the server. All times in ``turn`` count from now.
-# A missing schedule may have been lost a moment ago, so the first request waits for an interval.
+# The steps of the class Schedule, by the clock of the Redis server. Times in ``turn`` are relative
+# to now. A missing schedule may just have been lost, so the first request waits for one interval.
 REDIS_SCRIPT = """
 local step, turn, rules = ARGV[1], cjson.decode(ARGV[2]), cjson.decode(ARGV[3])
 local time = redis.call('TIME')
@@ -4467,7 +4471,7 @@ local function record(moment)
   if turn.name then s.spaced[turn.name] = {moment, turn.spacing} end
 end
 
-local function look()
+local function poll()
   local own = now + turn.not_before
   local before = turn.name and s.spaced[turn.name]
   if before then
@@ -4505,8 +4509,8 @@ local function look()
   s.gap = s.surplus * turn.gap
 end
 
-if step == 'look' then
-  look()
+if step == 'poll' then
+  poll()
 elseif step == 'sent' then
   record(math.max(s.last, now - turn.sent))
 elseif step == 'refused' then
@@ -4529,14 +4533,14 @@ REDIS_RULES = json.dumps({**PACE, "expiry": REDIS_EXPIRY})
 
 
 class RedisClient(Protocol):
-    """The part of a client such as ``redis.Redis`` that is used."""
+    """List the methods of a client such as ``redis.Redis`` that are used."""
 
     def eval(self, script: str, numkeys: int, /, *keys_and_args: Any) -> Any:
         """Run a Lua script on the server."""
 
 
 class RedisServer(NamedTuple):
-    """A Redis client, the name of its server in texts, and what must be in no text."""
+    """A Redis client, the name of its server for messages, and the secrets to mask in them."""
 
     client: RedisClient
     name: str
@@ -4608,28 +4612,28 @@ class RedisStore:
 
     @property
     def level(self) -> str:
-        """Who shares the schedule."""
+        """Describe who shares the schedule."""
         return f"among all machines, by Redis at {self._server.name}"
 
-    def apply(self, step: str, turn: Turn) -> Look:
-        """Run one step in Redis. Only the result of ``look`` is used."""
+    def apply(self, step: str, turn: Turn) -> PollResult:
+        """Run one step in Redis. Only the result of ``poll`` is used."""
         numbers = _numbers(turn, time.monotonic())
         try:
             reply = self._server.client.eval(REDIS_SCRIPT, 1, self._key, step, numbers, REDIS_RULES)
             granted, seconds, paused, slowed, too_late = map(float, reply)
             if not math.isfinite(seconds) or (granted and seconds > turn.interval):
-                raise ValueError("an impossible reply")
-        except Exception as error:  # those of a client that the user passed may be of any class
-            text = without(f"{type(error).__name__}: {error}", self._server.secrets)
+                raise ValueError("the reply is not valid")
+        except Exception as error:  # a client that the user passed may raise any class
+            text = redact(f"{type(error).__name__}: {error}", self._server.secrets)
             raise StoreUnavailableError(
                 f"Redis at {self._server.name} can't be used: {printable(text, 200)}"
             ) from None
         at = time.monotonic() + seconds
-        return Look(bool(granted), at, paused, bool(slowed), bool(too_late))
+        return PollResult(bool(granted), at, paused, bool(slowed), bool(too_late))
 
 
 def _numbers(turn: Turn, now: float) -> str:
-    """Return what the script needs to know of a turn, as JSON."""
+    """Return the fields of a turn that the script needs, as JSON."""
     numbers: dict[str, Any] = {
         "id": turn.id,
         "rank": turn.rank,
@@ -4699,7 +4703,7 @@ def action_for(problem: str, repeatable: bool) -> str:
 
 
 def problem_of(status: int, decoded: Any, code: int | None) -> str:
-    """Return why a request failed that got a response.
+    """Return why a request with a response failed.
 
     Parameters:
         status: the HTTP status.
@@ -4743,7 +4747,7 @@ class Failure:
 
     @property
     def rate_limited(self) -> bool:
-        """Whether the API refused it for the rate limit."""
+        """Whether the API refused it because of the rate limit."""
         return self.problem == RATE_LIMITED
 
 
@@ -4751,7 +4755,7 @@ def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str
     """Return the start of an HTML or text body on one line, without tags and secrets."""
     import html  # slow to import, and only errors need it
 
-    text = without(body[:100_000].decode("utf-8", "replace"), secrets)[:4000]
+    text = redact(body[:100_000].decode("utf-8", "replace"), secrets)[:4000]
     text = re.sub(r"(?is)<(script|style|head)\b.*?</\1\s*>", " ", text)
     text = html.unescape(re.sub(r"<[^<>]*>?", " ", text))
     return printable(" ".join(text.split()), limit)
@@ -4775,7 +4779,7 @@ def classify_error(call: Call, error: Exception, sent_at: float | None) -> Failu
         sent_at: monotonic time at which the request was sent; None if it was not.
     """
     reason = re.sub(r"^<?_?\w*(Connection|Pool)\(.*?\)[^:]*: ", "", str(reason_of(error)))
-    cause = printable(without(f"{type(error).__name__}: {reason}", call.secrets), 300)
+    cause = printable(redact(f"{type(error).__name__}: {reason}", call.secrets), 300)
     unsent = never_sent(error, sent_at is not None)
     failed = CloreConnectionError(cause) if unsent else call.lost(cause)
     failed.sent_at = None if unsent else sent_at
@@ -4787,7 +4791,7 @@ def classify_error(call: Call, error: Exception, sent_at: float | None) -> Failu
 
 
 def classify_unusable(call: Call, response: requests.Response | None, reason: str) -> Failure:
-    """Classify a response that can't be read to its end. A retry would get the same again."""
+    """Classify a response that can't be read to its end. A retry would fail in the same way."""
     status = 0 if response is None else response.status_code
     about = _about(call, status)
     error = InvalidResponseError(-1, f"HTTP {status}: {reason}", retryable=False, **about)
@@ -4812,7 +4816,8 @@ def classify(call: Call, response: requests.Response, body: bytes) -> Envelope |
         text, hint = _describe(call, response, body, decoded)
         retryable = action_for(problem, call.repeatable) == RETRY
         broken = InvalidResponseError(-1, text, envelope, hint=hint, retryable=retryable, **about)
-        return _failure(call, problem, broken, broken.error or "JSON without a code")
+        cause = (broken.error or "JSON without a code").removeprefix(f"HTTP {status}: ")
+        return _failure(call, problem, broken, cause)
     if problem == DATABASE_ERROR and not call.repeatable:  # ambiguous
         about["retryable"] = False
         about["hint"] = CREATE_ORDER_CODE_1 if call.name == "create_order" else None
@@ -4839,13 +4844,22 @@ def _describe(
     """Return the error text of a response without a code, and a hint."""
     status, hint = f"HTTP {response.status_code}", None
     if 300 <= response.status_code < 400:
-        target = response.headers.get("Location") or "nowhere"
+        target = _redirect_target(response)
         return f"{status}: a redirect to {target}, which the client does not follow", None
     if isinstance(decoded, dict):
         return error_text(decoded), None
     if b"error code: 1010" in body[:4000]:
         hint = "the proxy in front of the API refused the User-Agent: set another user_agent"
     return f"{status}: {excerpt(body, call.secrets) or 'an empty response'}", hint
+
+
+def _redirect_target(response: requests.Response) -> str:
+    # Show only the host, because the rest of the URL may contain a token.
+    try:
+        host = urlsplit(response.headers.get("Location", "")).hostname
+    except ValueError:
+        host = None
+    return f"host {printable(host, 100)}" if host else "an unknown host"
 
 
 @functools.cache
@@ -4891,12 +4905,12 @@ def decode_servers(body: bytes) -> Any:
 class Retries:
     """Count the failed requests of one call.
 
-    Failures count against ``max_retries``. Refusals for the rate limit have a time limit instead.
+    Failures count against ``max_retries``. Refusals because of the rate limit have a time limit.
 
     Attributes:
         sends: how many times the request was sent and failed.
-        failures: how many of these failed for another reason than the rate limit.
-        refusals: how many of these the API refused for the rate limit.
+        failures: how many of these failed for a reason other than the rate limit.
+        refusals: how many of these the API refused because of the rate limit.
     """
 
     def __init__(self, call: Call, max_retries: int, patience: float) -> None:
@@ -4909,7 +4923,7 @@ class Retries:
 
     @property
     def patience_left(self) -> float:
-        """The seconds for which the call may still be refused for the rate limit."""
+        """The seconds for which refusals because of the rate limit are still retried."""
         if self._refused_at is None:
             return self._patience
         return max(0.0, self._refused_at + self._patience - time.monotonic())
@@ -4932,8 +4946,8 @@ class Retries:
 
         Parameters:
             failure: the last failure.
-            recently_refused: how many of the last requests with this key the API refused for the
-                rate limit, and of how many.
+            recently_refused: (refused, total): how many of the last requests with this key the API
+                refused because of the rate limit.
         """
         if not failure.again:
             raise failure.error
@@ -4947,14 +4961,14 @@ class Retries:
             refused, total = recently_refused
             if refused > 1:
                 error.args = (
-                    f"{error}\n{refused} of the last {total} requests were refused for the rate "
-                    "limit: other programs use this key. Stop them, share the rate limit with them "
+                    f"{error}\n{refused} of the last {total} requests hit the API's rate limit: "
+                    "other programs use this key. Stop them, share the rate limit with them "
                     "(rate_limiter='redis://...'), or allow more time with rate_limit_wait=",
                 )
             raise error
 
     def not_sent(self, reason: DeadlinePassedError | PauseTooLongError) -> CloreError:
-        """Return the error for a request that could not be sent, or not again."""
+        """Return the error for a request that could not be sent, or could not be retried."""
         pause = reason.seconds if isinstance(reason, PauseTooLongError) else None
         if self._last is not None:
             error = self._last.error
@@ -4979,7 +4993,7 @@ class Retries:
 # ==================================================================================================
 # api.request
 #
-# Make API calls: send a request, respect the rate limit, retry, return a response or an error.
+# Make API calls: respect the rate limit, send the request, retry, return a response or raise.
 # ==================================================================================================
 
 
@@ -4994,7 +5008,7 @@ class Limits:
 
     Attributes:
         deadline: monotonic time by which every request must have ended.
-        urgent: whether requests go first, and ignore the pause that the server asks for.
+        urgent: whether requests are sent before others, and ignore the server's pauses.
         once: whether a request that fails is not sent again.
     """
 
@@ -5449,7 +5463,7 @@ def _suggestion(name: str, method: Callable[..., Any] | None) -> str:
     names = list(dict.fromkeys([*own, *_CHECKS]))
     names = [known for known in names if known != "filters"]
     close = difflib.get_close_matches(name, names, 1)
-    # A limit for one GPU is looser, so it must not be what a plain max_price becomes.
+    # Do not suggest max_price_per_gpu_usd for max_price: it would allow higher prices.
     if name.startswith("max_price") and "gpu" not in name and "max_price_usd" in names:
         close = ["max_price_usd"]
     return f": did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"
@@ -5678,7 +5692,7 @@ LOGIN_OUTCOMES = {"unreachable": "no sshd", "refused": "login refused"}
 
 
 class Requester(Protocol):
-    """The parts of ``CloreClient`` that the marketplace uses."""
+    """List the parts of ``CloreClient`` that the marketplace uses."""
 
     @property
     def base_url(self) -> str: ...
@@ -5695,8 +5709,8 @@ class MarketData:
     """Remember the form, the exchange rates and the listed prices of one API.
 
     Attributes:
-        kept: the last list of servers and the monotonic time of its reading, if a search may use
-            it again.
+        kept: the last list of servers, and the monotonic time at which it was read, if a search
+            may use it again.
     """
 
     def __init__(self) -> None:
@@ -6047,8 +6061,8 @@ class Search:
 
     Attributes:
         fee: the published fee as a fraction of the price.
-        currency: the API's name of the currency whose price counts; None for the price that the
-            reference page names.
+        currency: the API's name of the currency whose price counts; None for the price of the
+            documented form.
         server_id: if set, no other server fits.
         models: after :meth:`run`, the GPU names that count; None for all.
     """
@@ -6547,7 +6561,7 @@ def account_fees(
     """Return the renter's fee as a fraction of the price, and the creation fee in USD.
 
     Parameters:
-        response: the response to ``renter_fees``; the published fees replace what it lacks.
+        response: the response to ``renter_fees``; published fees replace missing ones.
         spot, currency: the kind of the order.
         rate: USD for one unit of the currency.
     """
@@ -6571,14 +6585,12 @@ def account_fees(
 CREDENTIALS_FOLDER = "credentials"  # in the state folder
 CREDENTIALS_SCHEMA = 1  # a later version adds fields, and keeps these
 _SAVED_FIELDS = ("ssh_password", "jupyter_token", "key_fingerprint")
-# Seconds: a purchase that has no order after this time has none, and an order that no list has
-# for this time has ended.
-PURCHASE_OVER = 3600.0
-ORDER_OVER = 86_400.0
+PURCHASE_OVER = 3600.0  # seconds; a purchase without an order after this time has failed
+ORDER_OVER = 86_400.0  # seconds; an order that is missing from the lists for so long has ended
 # The allowed difference between the creation time of an order, by the server's clock, and the time
 # of its entry, by this machine's clock. All in seconds.
 CLOCKS_APART = 300.0
-CLOCKS_COMPARED = 5.0  # if the entry has the difference of the clocks
+CLOCKS_COMPARED = 5.0  # if the entry has the difference between the clocks
 LATEST_ORDER = 180.0  # a proxy can delay a request
 
 
@@ -6724,7 +6736,7 @@ class Credentials:
             _warn(f"{path} can't be renamed", error)
 
     def of(self, account: str, order_id: int | None, order: Order | None = None) -> dict[str, str]:
-        """Return what is known for the login to an order; empty if nothing is.
+        """Return the known login data of an order; an empty dict if none is known.
 
         Parameters:
             account: the digest of the account.
@@ -6745,7 +6757,7 @@ class Credentials:
         return self._known.setdefault((account, order_id), _fields_of(found))
 
     def contradict(self, account: str, order_id: int, sent: dict[str, str]) -> bool:
-        """Return whether an order is known to have another login than the one that was sent."""
+        """Return whether an order is known to have a different login from the one in ``sent``."""
         known = self.of(account, order_id)
         return bool(known) and known != login_fields(sent)
 
@@ -6800,7 +6812,7 @@ class Credentials:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, RecursionError) as error:
-            # The text of a JSON error holds nothing of the file.
+            # The text of a JSON error contains no part of the file.
             _warn(f"{path} can't be read", error)
             return None
         return data if data.get("account") == account else None
@@ -6808,7 +6820,7 @@ class Credentials:
     def _of_lost_purchase(
         self, folder: Path, account: str, order_id: int, order: Order
     ) -> dict[str, Any] | None:
-        """Return the newest purchase without an order that fits this one, and assign it."""
+        """Return the newest saved purchase that can have made this order, and assign it."""
         fitting = [
             (path, data)
             for path in self._files(folder, f"{account[:12]}-server-{order.server_id}-")
@@ -6858,7 +6870,7 @@ def _warn(what: str, error: object) -> None:
 
 SHORTEST_LIMIT = 1.0  # seconds; no request has a shorter time limit
 OrderState = Literal["active", "ended", "absent"]  # of an order in the two order lists
-LONGEST_CHECK = 3.0  # seconds for the look if an order has ended, after a login failed
+LONGEST_CHECK = 3.0  # seconds to check if an order has ended, after a failed login
 
 
 class OrdersClient(Requester, Protocol):
@@ -6877,15 +6889,16 @@ class OrdersClient(Requester, Protocol):
 
 
 class Claims:
-    """Keep which purchase of this process each order of an account belongs to.
+    """Record which purchase of this process made each order of an account.
 
-    Purchases of the same server are made one after the other, so that they can't claim each other's
-    order. Each change is one atomic step, because an interrupt can come at any time.
+    Purchases of the same server are made one after the other, so that one can't claim the order of
+    another. Each change is one atomic step, because an interrupt can come at any time.
 
     Attributes:
         unresolved: server id -> a purchase whose outcome is not known.
         rented: ids of the orders that belong to rentals.
-        clock_offset: seconds from the server's clock to the creation time of orders; 0 or negative.
+        clock_offset: the creation time of a new order minus the server's clock, in seconds; the
+            lowest value so far, 0 or negative.
     """
 
     def __init__(self) -> None:
@@ -7003,7 +7016,7 @@ class AccountOrders:
     # --- logins ---
 
     def login_of(self, order: Order) -> dict[str, str]:
-        """Return what is known for the login to an order."""
+        """Return the known login data of an order."""
         if self.has_ended(order.id):  # a list can still show it as active
             return {}
         return self.credentials.of(self.account, order.id, order)
@@ -7026,7 +7039,7 @@ class AccountOrders:
             raise ended_error(order_id, "cancelled" if order_id in self.cancelled else "expired")
 
     def running(self, order_id: int) -> Order:
-        """Read an order that has not ended; a known end needs no request."""
+        """Read an order that has not ended. If it is known to have ended, send no request."""
         self.check_not_ended(order_id)
         return self.find_active(order_id)
 
@@ -7034,12 +7047,12 @@ class AccountOrders:
         """Read an order that is not listed as ended.
 
         Raises:
-            OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
+            OrderEndedError, OrderNotFoundError: the order has ended, or does not exist.
         """
         order = self.find(order_id) or self.made.get(order_id)  # a new one may not be listed yet
         if order is None:
             raise OrderNotFoundError(
-                f"there is no order {order_id} in this account, so nothing was done: look at "
+                f"there is no order {order_id} in this account, so nothing was done: check "
                 "get_orders()",
                 order_id=order_id,
             )
@@ -7048,11 +7061,11 @@ class AccountOrders:
         return order
 
     def raise_if_ended(self, order_id: int, cause: BaseException) -> None:
-        """Look once if an order has ended, with one request, and raise the error for that.
+        """Check with one request if an order has ended, and raise an error if so.
 
         Parameters:
             order_id: the order.
-            cause: the error that makes it likely.
+            cause: the error after which this is checked.
         """
         self.check_not_ended(order_id)
         if self.client.api_key is None:
@@ -7112,7 +7125,7 @@ class AccountOrders:
         return "absent"
 
     def active_ids(self) -> list[int]:
-        """Return the ids of active orders, and of known orders that the list does not have now."""
+        """Return the ids of active orders, and of known orders that are missing from the list."""
         orders, _ = self.read(completed=False)
         active = [order.id for order in orders if order.id is not None and not order.has_ended]
         missing = self.known - set(active) - self.ended
@@ -7170,7 +7183,7 @@ def ended_error(order_id: int, status: str, order: Order | None = None) -> Order
 
 
 LOWERING_INTERVAL = 600.0  # seconds between two lower bids, if the API does not say
-STEP_SHARE = 1 - 1e-6  # of the largest step, because of rounding errors
+STEP_SHARE = 1 - 1e-6  # the fraction of the largest step to use, because of rounding errors
 
 
 def set_spot_price(
@@ -7309,7 +7322,7 @@ def _shows_bid(orders: AccountOrders, before: Order, bid: float) -> bool:
 #
 # An order has ended when the list of completed orders says so, or when its cancel was accepted and
 # it
-# is missing from both lists for longer than ``order_lag``. One look is not enough, because a list
+# is missing from both lists for longer than ``order_lag``. One read is not enough, because a list
 # can
 # be empty for a moment.
 # ==================================================================================================
@@ -7379,7 +7392,7 @@ class Cancellation:
         Parameters:
             deadline: returns the monotonic time at which to give up.
             confirm: wait until the order has ended; else an accepted cancel is enough.
-            retry_refused: go on if the API refuses to cancel an active order.
+            retry_refused: continue if the API refuses to cancel an active order.
             stop: returns whether to give up at once.
 
         Returns:
@@ -7461,7 +7474,7 @@ class Cancellation:
                 )
 
     def _request_deadline(self, deadline: float, at_least: float = SHORTEST_LIMIT) -> float:
-        """Return the deadline of one request, so that a request that hangs is sent again."""
+        """Return the deadline of one request. A request that hangs is sent again after it."""
         now = time.monotonic()
         return now + max(at_least, (deadline - now) / 3)
 
@@ -7499,7 +7512,7 @@ class Cancellation:
             return False
         if not self.accepted and self.order_id not in orders.known:
             raise OrderNotFoundError(
-                f"there is no order {self.order_id} in this account: look at get_orders()",
+                f"there is no order {self.order_id} in this account: check get_orders()",
                 order_id=self.order_id,
             ) from self.failure
         return self.accepted
@@ -7572,7 +7585,7 @@ def confirm_ended(cancellations: list[Cancellation], timeout: float) -> None:
             left = tuple(c.order_id for c in cancellations[number:])
             raise CancelUnconfirmedError(
                 f"orders cancelled, but still active after {timeout:g}s: "
-                f"{', '.join(map(str, left))}; look at get_orders(), and cancel them again",
+                f"{', '.join(map(str, left))}; check get_orders(), and cancel them again",
                 order_ids=left,
             ) from failure
 
@@ -7673,7 +7686,7 @@ def balance_of(wallets: list[Wallet], currency: str) -> float:
     if wallet is None and wire_currency(currency) is None:
         names = ", ".join(short_repr(wallet.name) for wallet in wallets if wallet.name)
         raise ValueError(
-            f"currency {short_repr(currency)} is no currency and no part of a wallet's name: "
+            f"currency {short_repr(currency)} is neither a currency nor part of a wallet's name: "
             f"choose one of {names or 'BTC, CLORE and USD'}"
         )
     return _balance(wallet)
@@ -7708,8 +7721,7 @@ def _paid_with(active: list[Order], order_id: int | None) -> str:
         if order.id == order_id and isinstance(order.get("currency"), str):
             return str(order["currency"])
     raise OrderNotFoundError(
-        f"there is no active order {order_id} with a currency in this account: look at "
-        "get_orders()",
+        f"there is no active order {order_id} with a currency in this account: check get_orders()",
         order_id=order_id,
     )
 
@@ -7766,7 +7778,7 @@ def explain_balance(
 def learn_order_rates(orders: AccountOrders, read: list[Order]) -> None:
     """Read the exchange rates if an order of the live form can't be priced without them.
 
-    The documented form has none: there, the listed price of the server gives the rate of its order.
+    The documented form has no rates: the listed price of the server gives the rate of its order.
     """
     for order in read:
         known = wire_currency(str(order.get("currency"))) and finite(order.get("price")) is not None
@@ -7880,7 +7892,7 @@ class Purchase:
 
     @property
     def sent_at(self) -> float:
-        """The monotonic time at which the request was sent; without a response, the earliest."""
+        """The monotonic time at which the request was sent; after an error, of its first send."""
         return getattr(self.response, "sent_at", self._sent_at)
 
     def matches(self, order: Order) -> bool:
@@ -7893,7 +7905,7 @@ class Purchase:
             and order.id not in self.before
             and order.server_id == self.server_id
             and same_purchase(order, self.image, self.currency, self.spot)
-            # Another process can have ordered the same server a moment before.
+            # Another process may just have ordered the same server.
             and not self._orders.credentials.contradict(
                 self._orders.account, order.id, self.credentials
             )
@@ -7929,7 +7941,7 @@ class Purchase:
     def learn_rate(self) -> None:
         """Try to read the exchange rate for the price of the order in USD, if it is not known.
 
-        This comes before the purchase: an interrupt after it would lose the order.
+        This is called before the purchase: an interrupt after the purchase would lose the order.
         """
         data = self._orders.market.data
         if data.rates.rate(self.currency) is None and not data.documented:
@@ -8018,7 +8030,7 @@ class Purchase:
             raise
         except BaseException:
             logger.warning(
-                "interrupted while server %d was ordered: an order may exist, so look at "
+                "interrupted while server %d was ordered: an order may exist, so check "
                 "get_orders()",
                 self.server_id,
             )
@@ -8056,7 +8068,7 @@ class Purchase:
             claims.unresolved[server_id] = earlier
             if not isinstance(error, ServerAlreadyRentedError):
                 raise
-            # An earlier purchase may have rented it, with a response that was lost.
+            # An earlier purchase, whose response was lost, may have rented the server.
             return earlier._find(find_timeout, error), earlier
         if (order_id := created_id(self.response)) is None:
             return self._find(find_timeout, send_error), self
@@ -8142,11 +8154,11 @@ class Purchase:
     ) -> OrderOutcomeUnknownError:
         ids = tuple(order.id for order in orders if order.id is not None)
         made = "was made" if send_error is None else "may have been made"
-        which = f"it is not clear if it is one of {', '.join(map(str, ids))}: look at get_orders()"
+        which = f"it is not clear if it is one of {', '.join(map(str, ids))}: check get_orders()"
         if not ids:
             which = (
                 f"it did not show up in the order lists within {timeout:g}s. It was not sent "
-                "again: look at get_orders() now and again in a minute,"
+                "again: check get_orders() now and again in a minute,"
             )
         return OrderOutcomeUnknownError(
             f"an order for server {self.server_id} {made}, but {which} before you order again",
@@ -8243,7 +8255,7 @@ def _check_may_exist(orders: AccountOrders, order_id: int, late: str) -> None:
     if order_id not in orders.known and not orders.credentials.of(orders.account, order_id):
         raise UnknownOrderError(
             f"{late}: there is no order {order_id} in this account, so the client did not wait; "
-            "look at get_orders()",
+            "check get_orders()",
             order_id=order_id,
         )
 
@@ -8270,7 +8282,7 @@ def _poll(
 # ==================================================================================================
 
 
-BID_MARGIN = 1e-4  # the conversion of the lowest bid can make it too low
+BID_MARGIN = 1e-4  # added to the lowest bid, which the conversion can make too low
 PRICE_SLACK = 1e-4  # the rounding error of an exchange rate
 
 
@@ -8278,8 +8290,8 @@ class RentalSettings:
     """Check and keep the arguments of ``rent()``.
 
     Parameters:
-        search: the filters; it gets the ``server_id``.
-        order: those that ``create_order`` takes too, except the bid and ``find_timeout``.
+        search: the filters; its ``server_id`` is set here.
+        order: the arguments that ``create_order`` takes too, except the bid and ``find_timeout``.
 
     Attributes:
         order_arguments: the arguments for ``create_order``.
@@ -8471,7 +8483,7 @@ def summary(tried: list[tuple[int, str]]) -> str:
     """Return the reason for each server; servers with the same reason share one."""
     servers: dict[str, list[str]] = {}
     for server_id, why in tried:
-        # The text of an error names the order, which differs.
+        # An error names its order; without the number, equal reasons are equal texts.
         alike = re.sub(r"\b([Oo])rder \d+\b", r"\1rder", why)
         servers.setdefault(alike, []).append(str(server_id))
     if len(servers) == len(tried):
@@ -8546,7 +8558,7 @@ class SignalHandling:
     def close(self) -> None:
         """Stop using the signal handler. Safe to repeat."""
         this_process.signal_users.discard(self)
-        # Another thread can't restore handlers; without users, ours does what the default does.
+        # Another thread can't restore handlers. Without users, ours acts as the default handler.
         if not this_process.signal_users and in_main_thread():
             _restore_handlers()
 
@@ -8651,8 +8663,8 @@ class ThreadCall:
 def next_item(inbox: queue.SimpleQueue[Any], timeout: float | None) -> Any:
     """Return the next item of a queue that only this thread reads; None after the timeout.
 
-    ``SimpleQueue.get(timeout=...)`` can wait forever if its lock is free, the queue is empty and
-    the timeout has passed. A ``get_nowait()`` that finds no item takes that lock first.
+    ``SimpleQueue.get(timeout=...)`` can wait forever if it is called with a free lock and an empty
+    queue, and the timeout passes. So call ``get_nowait()`` first, which takes the lock.
     """
     try:
         return inbox.get_nowait()
@@ -8674,7 +8686,7 @@ def next_item(inbox: queue.SimpleQueue[Any], timeout: float | None) -> Any:
 STATE_SUFFIX = ".json"
 JOURNAL_SCHEMA = 1  # a later version adds fields, and keeps these
 LONGEST_ENTRY = 65536  # bytes; a longer file is not an entry
-KEPT_FOLDER = "kept"  # in the state folder; no process ends the orders of its entries
+KEPT_FOLDER = "kept"  # in the state folder; only cancel_overdue() ends the orders of its entries
 _ID_LENGTH = 20  # characters for the order id, which is written later
 _FIRST = '{"order_id": '
 
@@ -8696,8 +8708,8 @@ class JournalEntry:
     Attributes:
         data: the content of the file.
         of_this_machine: whether this machine wrote it.
-        abandoned: whether nothing will end its order, because a process of this machine is dead or
-            its rental gave up.
+        abandoned: whether no process will end its order, because its process, on this machine, is
+            dead, or its rental gave up.
     """
 
     def __init__(
@@ -9261,10 +9273,10 @@ class RentalOrders:
         return [p for p in self._all if p.refused and not p.accepted]
 
     def search_unresolved(self, stop: Callable[[], bool]) -> None:
-        """Look once for the orders of unresolved purchases, and cancel those that exist.
+        """Search once for the orders of unresolved purchases, and cancel those that exist.
 
         Parameters:
-            stop: returns whether something else is more urgent; a cancel then goes on later.
+            stop: returns whether something else is more urgent; a cancel then continues later.
         """
         until = time.monotonic() + self._settings.cancel_timeout
         for purchase in self.unresolved():
@@ -9274,7 +9286,7 @@ class RentalOrders:
                     if self._search(purchase):
                         self.forget(purchase)
                 except CloreError as error:
-                    logger.debug("looking for an order of server %d: %s", server_id, error)
+                    logger.debug("an order of server %d can't be searched: %s", server_id, error)
                 if purchase.order_id is None:
                     continue
                 logger.warning(
@@ -9290,8 +9302,8 @@ class RentalOrders:
         return min(SEARCH_INTERVAL, max(0.001, self._orders.client.order_lag / MIN_ABSENT_LISTS))
 
     def _reconcile(self, purchase: RentalOrder) -> CloreError | None:
-        """Look for the order of a purchase until it is found and cancelled, or time is out."""
-        logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
+        """Search for the order of a purchase until it is cancelled, or time has run out."""
+        logger.warning("an order of server %d may exist: searching for it", purchase.server_id)
         cause: BaseException | None = None
         absent = False
         while not self.abandoned:
@@ -9316,14 +9328,14 @@ class RentalOrders:
         return self._give_up(purchase, unknown)
 
     def _search(self, purchase: RentalOrder) -> bool:
-        """Look once for the order of a purchase. Return True if it is confirmed absent.
+        """Search once for the order of a purchase. Return True if it is confirmed absent.
 
         A new order can take ``order_lag`` seconds to be listed, and a list can be empty for a
         moment. So several lists over ``order_lag`` seconds must not have it.
         """
         asked_at = time.monotonic()
         deadline = max(asked_at + SHORTEST_LIMIT, self.deadline())
-        if self.block_ended_at is None:  # the limits of the rental must be checked meanwhile
+        if self.block_ended_at is None:  # the limits of the rental must still be checked
             deadline = asked_at + LIST_PATIENCE
         absent = purchase.absent
         try:
@@ -9359,12 +9371,12 @@ class RentalOrders:
             and order.id not in claims.rented
             and can_be_order_of(order, settings.image, settings.currency, settings.spot)
         ]
-        if (lost := purchase.lost) is None:  # create_order() had claimed its order
+        if (lost := purchase.lost) is None:  # create_order() has claimed its own order
             return fitting
         return claims.free([order for order in fitting if lost.matches(order)], lost)
 
     def _is_held(self, purchase: RentalOrder) -> bool:
-        """Return whether a living rental of another process could own the order."""
+        """Return whether a living rental of another process may own the order of a purchase."""
         wanted = {"server_id": purchase.server_id, "account": self._orders.account}
         held = False
         for entry in read_entries(self._folder):
@@ -9432,9 +9444,9 @@ class RentalClient(Protocol):
 class RentalWorker:
     """Run the thread that orders the servers of one rental, and ends their orders.
 
-    The thread ends the orders when the block ends, or when the ``with`` statement or the rental no
-    longer exists, because an interrupt can stop ``__exit__`` at its first line. It also ends them
-    when a limit is reached, at a signal in another thread, and at the exit of the interpreter.
+    The thread ends the orders when the block ends. An interrupt can stop ``__exit__`` at its first
+    line, so the thread also ends them when the ``with`` statement or the rental no longer exists.
+    Other reasons are a limit, a signal in another thread, and the exit of the interpreter.
 
     Attributes:
         budget: the limits and the cost.
@@ -9457,7 +9469,7 @@ class RentalWorker:
     ) -> None:
         self._client = client
         self._inbox = inbox
-        self._holders = holders  # references to the rental, and to its with statement if any
+        self._holders = holders  # weak references to the rental, and to its with statement if any
         self.pid = os.getpid()
         self.budget = Budget(settings)
         self.finished = Gate()
@@ -9477,7 +9489,7 @@ class RentalWorker:
 
     @property
     def gave_up(self) -> bool:
-        """True if the rental stopped to cancel, after three interrupts."""
+        """True if the rental stopped the cancelling, after three interrupts."""
         return self._rental_orders.abandoned
 
     # --- called by the rental, in its own thread ---
@@ -9542,12 +9554,12 @@ class RentalWorker:
         self.call_in_thread(lambda: self._keep(until))
 
     def correct_price(self, usd_per_hour: float) -> None:
-        """Set the price of the current order, as the API shows it."""
+        """Set the price of the current order to the one that the API shows."""
         if self._current is not None:
             self._current.meter.correct(usd_per_hour)
 
     def check(self) -> None:
-        """Raise an error if a limit, a signal or the interpreter ends the rental."""
+        """Raise an error if a limit, a signal or the exit of the interpreter ends the rental."""
         if self.pid != os.getpid():
             return
         if not self.kept and self._current is not None and self._exceeds_limit():
@@ -9596,7 +9608,7 @@ class RentalWorker:
     def budget_error(self) -> BudgetExceededError | None:
         """Return the error for a limit that was reached, or None.
 
-        It says if the cancel is accepted already.
+        Its text says whether the cancel was accepted.
         """
         if (first := self._exceeded) is None:
             return None
@@ -9706,7 +9718,7 @@ class RentalWorker:
             order: Order = self._client.create_order(purchase.server_id, **arguments)
             if order.id is None:
                 raise OutcomeUnknownError(
-                    "the response to create_order has no order id, so the order may exist: look at "
+                    "the response to create_order has no order id, so the order may exist: check "
                     "get_orders()"
                 )
         except DatabaseError:
@@ -9751,7 +9763,7 @@ class RentalWorker:
         failure = orders.try_to_cancel(current, orders.deadline)
         if failure is not None:
             logger.error("order %d could not be cancelled: %s", current.order_id, failure)
-        self.close_ssh()  # the block may have opened another one
+        self.close_ssh()  # the block may have opened another connection
 
     def _end_current(self) -> None:
         current, self._current = self._current, None
@@ -9801,8 +9813,8 @@ TRY_NEXT_ERRORS = (
 class Rental:
     """Rent a server for the length of a ``with`` block; see ``CloreClient.rent``.
 
-    A worker thread, :class:`RentalWorker`, orders and cancels. The thread that runs the block looks
-    for servers, and waits.
+    A worker thread, :class:`RentalWorker`, orders and cancels. The thread that runs the block
+    searches for servers, and waits.
 
     Attributes:
         order: the order as it was when it started to run, with its ``ssh_password`` if the client
@@ -9834,9 +9846,9 @@ class Rental:
         self._worker: RentalWorker | None = None
         self._order: Order | None = None
         self._server: Server | None = None
-        self._connection: Any = None  # that of run(), upload() and the like
+        self._connection: Any = None  # shared by run(), upload() and the other methods
         self._kept_as = "kept"  # for the repr of a rental that does not end its order
-        self._over = False  # set by request_end(), also before the block begins
+        self._over = False  # set by request_end(), which can come before the block begins
         self.tried: list[tuple[int, str]] = []
 
     def __repr__(self) -> str:
@@ -9957,14 +9969,14 @@ class Rental:
 
         The budget ends here: ``max_hours`` and ``max_cost_usd`` of the rental, signals and the exit
         of the interpreter don't end the order any more. :meth:`CloreClient.leftovers` lists it
-        under ``kept``, and :meth:`CloreClient.attach` takes it up again.
+        under ``kept``, and :meth:`CloreClient.attach` returns a rental for it.
 
-        On the rental of :meth:`CloreClient.attach`, it does not bind the process that rented the
-        order: that process still ends it at the end of its own block, or at its limits.
+        On a rental from :meth:`CloreClient.attach`, this has no effect on the process that rented
+        the order: that process still ends it at the end of its own block, or at its limits.
 
         Parameters:
             max_hours: hours from now after which :meth:`CloreClient.cancel_overdue` ends the order.
-                Nothing ends it by itself: call that from cron.
+                Nothing calls that method for you: call it from cron.
 
         Returns:
             The :class:`Order`.
@@ -9975,7 +9987,9 @@ class Rental:
         check_optional_number("max_hours", max_hours, above=True, maximum=LONGEST_KEEP)
         worker, order = self._open_worker(), self.order
         if worker.finished.is_open:
-            raise RentalError("the order has ended already, so it can't be kept: rent again")
+            raise RentalError(
+                f"order {order.id} has ended already, so it can't be kept: rent again"
+            )
         worker.keep(None if max_hours is None else time.time() + max_hours * 3600.0)
         self._kept_as = "kept"
         return order
@@ -10031,7 +10045,10 @@ class Rental:
             self._worker.close_ssh()
 
     def request_end(self) -> None:
-        """Begin to end the rental, without waiting for it. If it has not begun, it can't begin."""
+        """Ask the worker to end the rental, and do not wait for that.
+
+        A rental that has not begun can't begin any more.
+        """
         self._over = True
         if self._worker is not None:
             self._worker.request_end()
@@ -10090,7 +10107,7 @@ class Rental:
             try:
                 interrupts += worker.end(interrupted)
                 worker.close()
-            except (KeyboardInterrupt, SystemExit) as late:  # between the two calls
+            except (KeyboardInterrupt, SystemExit) as late:  # outside the waits of end()
                 interrupts.append(late)
                 interrupted = True
         self._connection = None
@@ -10149,9 +10166,11 @@ class Rental:
     def _deploy(self, worker: RentalWorker, order: Order, server: Server) -> str | None:
         """Wait until an order runs. Return None, or the reason why it does not."""
         timeout, interval = self._settings.deploy_timeout, self._settings.poll_interval
+        # A subclass of the client may have the documented parameters only.
+        more: dict[str, Any] = {} if self._report is None else {"on_progress": self._report}
         try:
             running = self._client.wait_for_order(
-                order.id or 0, timeout=timeout, poll_interval=interval, on_progress=self._report
+                order.id or 0, timeout=timeout, poll_interval=interval, **more
             )
         except (WaitTimeoutError, OrderEndedError) as error:
             worker.check()
@@ -10251,7 +10270,7 @@ class AttachedRental(Rental):
 def _raise_failure(
     error: BaseException | None, worker: RentalWorker, interrupts: list[BaseException]
 ) -> None:
-    """Raise an error, or add a note to ``error``, if the end of a rental needs it.
+    """Raise an error, or add a note to ``error``, if a rental failed or was ended early.
 
     Parameters:
         error: the exception of the block, or None.
@@ -10270,7 +10289,7 @@ def _raise_failure(
     if (failure := worker.failure) is not None:
         if (shown := raised or error) is None:
             raise failure
-        if str(shown) != str(failure):  # the block may pass on the error of close()
+        if str(shown) != str(failure):  # the block may raise the error of close() itself
             add_note(shown, str(failure))
     if raised is not None:
         raise raised from error
@@ -10304,7 +10323,7 @@ class RentalGroup:
     rentals``.
 
     Parameters:
-        rentals: the rentals, not begun.
+        rentals: the rentals, which have not begun.
         min_count: how many must run.
     """
 
@@ -10343,7 +10362,7 @@ class RentalGroup:
             A list with the result of each rental, in their order.
 
         Raises:
-            CommandError: it failed on one server; the others have ended, too.
+            CommandError: the command failed on one server; on the others, it has ended too.
         """
         return self.map(lambda rental: rental.run(command, **options))
 
@@ -10512,7 +10531,7 @@ class Leftover:
         return f"<Leftover order {self.order_id} of server {self.server_id}{by}{until}>"
 
 
-class Leftovers(NamedTuple):
+class Leftovers:
     """Hold the result of ``CloreClient.leftovers``. It is false if all lists are empty.
 
     Attributes:
@@ -10522,14 +10541,19 @@ class Leftovers(NamedTuple):
         kept: orders that rentals of this machine kept with ``keep()``.
     """
 
-    abandoned: list[Leftover]
-    elsewhere: list[Leftover]
-    unnoted: list[Order]
-    kept: list[Leftover]
+    def __init__(
+        self,
+        abandoned: list[Leftover],
+        elsewhere: list[Leftover],
+        unnoted: list[Order],
+        kept: list[Leftover],
+    ) -> None:
+        self.abandoned, self.elsewhere = abandoned, elsewhere
+        self.unnoted, self.kept = unnoted, kept
 
     def __bool__(self) -> bool:
         """Return whether any of the lists has an item."""
-        return any(self)
+        return bool(self.abandoned or self.elsewhere or self.unnoted or self.kept)
 
     def __repr__(self) -> str:
         return (
@@ -10594,7 +10618,7 @@ class _Survey:
                 living.update(order.id or 0 for order in fitting)
             elif len(fitting) > 1:
                 logger.warning(
-                    "several orders match %s, so none is assigned to it: look at get_orders()",
+                    "several orders match %s, so none is assigned to it: check get_orders()",
                     entry.path,
                 )
             elif fitting:
@@ -10604,7 +10628,7 @@ class _Survey:
         self._settle_conflicts(living)
 
     def _fitting(self, entry: JournalEntry, named: Collection[int | None]) -> list[Order]:
-        """Return the active orders that an entry can be about."""
+        """Return the active orders that can belong to an entry."""
         if entry.order_id is not None:
             return [self.listed[entry.order_id]] if entry.order_id in self.listed else []
         unnamed = (order for number, order in self.listed.items() if number not in named)
@@ -10636,7 +10660,7 @@ class _Survey:
         return None if order is None or order.has_ended else order
 
     def undecided(self, wait: float) -> bool:
-        """Return whether an order of a dead process may not be listed yet."""
+        """Return whether the order of a dead process could still be missing from the lists."""
         return any(
             entry.abandoned and self.order_of(entry) is None and _is_recent(entry.data, wait)
             for entry in self.entries
@@ -10760,7 +10784,7 @@ def _has_ended(orders: AccountOrders, order_id: int) -> bool:
     """Return whether an order is known to have ended."""
     try:
         return orders.state(order_id) == "ended"
-    except CloreError as error:  # the other orders must not wait for this one
+    except CloreError as error:  # it must not stop the cancels of the other orders
         logger.debug("the state of order %d can't be read: %s", order_id, error)
         return False
 
@@ -10777,7 +10801,7 @@ def _end_entries(
         orders: the orders of the account.
         entries: locked entries, with their order if a list has it.
         timeout: seconds to keep sending each cancel.
-        again: the method to call again, for the error.
+        again: the method to call again, for the error text.
     """
     ended: list[int] = []
     failed: dict[int, BaseException] = {}
@@ -10836,11 +10860,11 @@ CHANNEL_PACKET = 131072  # bytes; needs a fourth of the packets that 32 KB would
 COMMAND_WINDOW = 2**21  # bytes
 CHANNEL_PAUSE = 0.05  # seconds between two attempts to open a channel
 SPARE_PATIENCE = 1.0  # seconds for another thread to take a channel that the host has opened
-KEEPALIVE = 15.0  # seconds of silence after which a host is asked for a sign of life
+KEEPALIVE = 15.0  # seconds of silence after which a keepalive request is sent
 DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
-KEEPALIVE_LOOK = 5.0  # seconds between two checks for silence
+SILENCE_CHECK = 5.0  # seconds between two checks for silence
 WATCH_INTERVAL = 0.1  # seconds between two checks of the watchdog's limits
-# Messages with a count: paramiko would read as many items, even beyond the end of the message.
+# Messages with a count of items: paramiko does not check it against the length of the message.
 _EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
 _WINDOW_ADJUST, _CHANNEL_CLOSE = b"\x5d", b"\x61"
 # Both ciphers include authentication, and are nearly twice as fast as CTR with a MAC.
@@ -10895,7 +10919,7 @@ def prepared_transport(
     _limit_packets(transport.packetizer, paramiko.SSHException)
     _name_errors(transport, paramiko.SSHException)
     with contextlib.suppress(OSError, AttributeError):
-        # Otherwise a small packet waits up to 40 ms for the answer to the previous one.
+        # Otherwise a small packet waits up to 40 ms for the TCP ACK of the previous one.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     security = transport.get_security_options()
     security.ciphers = _preferred(security.ciphers, FAST_CIPHERS)
@@ -10955,7 +10979,7 @@ def _name_errors(transport: Any, error: type[Exception]) -> None:
         failure = get_exception()
         if failure is None or isinstance(failure, (error, OSError, EOFError)):
             return failure
-        return error(f"it broke off ({type(failure).__name__})")
+        return error(f"the connection failed ({type(failure).__name__})")
 
     transport.get_exception = named
 
@@ -10973,9 +10997,9 @@ def close_after(transport: Any, clients: list[Any]) -> None:
 
 
 def keep_alive(transport: Any) -> None:
-    """Ask a silent host for a sign of life; close the connection if there is none.
+    """Send keepalive requests to a silent host; close the connection if it does not reply.
 
-    paramiko's own keepalives request no answer, so they never notice a dead link.
+    paramiko's own keepalives request no reply, so they do not detect a dead connection.
     """
     packetizer = transport.packetizer
 
@@ -10987,10 +11011,10 @@ def keep_alive(transport: Any) -> None:
         silent = time.monotonic() - packetizer.last_received
         if silent > DEAD_AFTER:
             raise EOFError  # in paramiko's own thread, which then closes everything
-        if silent > KEEPALIVE - KEEPALIVE_LOOK:
+        if silent > KEEPALIVE - SILENCE_CHECK:
             start_thread("keepalive", ask)  # a send may hang
 
-    packetizer.set_keepalive(KEEPALIVE_LOOK, check)
+    packetizer.set_keepalive(SILENCE_CHECK, check)
 
 
 def open_session(
@@ -11080,7 +11104,7 @@ class SpareSession:
             return self._open_channel(kind, *arguments, **options)
         except connection_errors() as error:
             if self._opener is not None and _is_refusal(error):
-                self._opener.join(SPARE_PATIENCE)  # the host has answered it before this request
+                self._opener.join(SPARE_PATIENCE)  # the host has replied to that request first
             if spare := self._take():
                 return spare
             raise
@@ -11246,13 +11270,13 @@ class Watchdog:
 
 
 class LimitedChannel:
-    """A channel on which no call takes much longer than ``timeout`` seconds.
+    """Limit each call of a channel to about ``timeout`` seconds.
 
     paramiko writes to a socket without a time limit; here the watchdog then closes the connection.
-    Methods that do not wait are those of paramiko's channel.
+    Methods that do not wait are called on paramiko's channel directly.
 
     Raises:
-        SSHError: a call takes too long. Other errors are those of paramiko.
+        SSHError: a call takes too long. Other errors come from paramiko unchanged.
     """
 
     def __init__(
@@ -11364,7 +11388,7 @@ class HostKeys:
         """Return the pinned keys of a host: their type and base64, as in ``known_hosts``."""
         if alias in self._seen:
             return self._seen[alias]
-        return [pin for names, pin in self._lines() if _names(names, alias)]
+        return [pin for names, pin in self._lines() if _has_alias(names, alias)]
 
     def keep(self, alias: str, pin: str) -> None:
         """Pin a key instead of all others of the host."""
@@ -11418,7 +11442,7 @@ class HostKeys:
                 lines = [
                     line
                     for line in self._text().splitlines()
-                    if line.strip() and not _names(line.split()[0], alias)
+                    if line.strip() and not _has_alias(line.split()[0], alias)
                 ]
                 if pin is not None:
                     lines.append(f"{alias} {pin}")
@@ -11427,7 +11451,7 @@ class HostKeys:
             logger.warning("host keys can't be kept for the next process: %s", error)
 
 
-def _names(names: str, alias: str) -> bool:
+def _has_alias(names: str, alias: str) -> bool:
     """Check if the first word of a line names a host; OpenSSH may have hashed it."""
     if not names.startswith("|1|"):
         return alias in names.split(",")
@@ -11488,7 +11512,7 @@ class KeyCheck:
         name = f"order {self._order_id}" if self._order_id else self._alias
         raise HostKeyChangedError(
             f"the host of {name} has the host key {found} instead of {expected}: its container "
-            "was created again, or another host answers at its address. No password or key "
+            "was created again, or another host has its address. No password or key "
             "was sent. To accept the new host key, call forget_host_key(order) or pass "
             f"host_key={found!r}",
             order_id=self._order_id,
@@ -11558,7 +11582,7 @@ def _text_of(path: Path) -> str:
 # ==================================================================================================
 
 
-DIFFERS = "SHA-256 differs: what had arrived is removed"
+DIFFERS = "SHA-256 differs: the received data was removed"
 MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing, or of digests
 
 # Precedes each script. Relative paths count from the home directory, even if a start-up file
@@ -11592,7 +11616,7 @@ command -v ${sha%% *} >/dev/null || no "lacks sha256sum"
   no "lacks a dd with iflag=fullblock"
 stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
 """
-# Sets $f to the target and $p to the temporary name beside it; $r records what has arrived.
+# Sets $f to the target and $p to the temporary name beside it; $r records the received data.
 TARGET = r"""
 case $f in /*) ;; *) f=$PWD/${f#./};; esac
 if [ "$kind" = d ]; then
@@ -11602,7 +11626,7 @@ else case $f in */) f=$f$name;; esac; fi
 f=${f%/}; f=${f:-/}
 if [ -h "$f" ] && [ ! -d "$f" ]; then
   [ "$follow" = 1 ] || no "$f is a symlink: remove it, or pass symlinks='follow'"
-  f=$(readlink -f "$f") || no "$f is a symlink to nowhere"
+  f=$(readlink -f "$f") || no "$f is a broken symlink"
 fi
 d=${f%/*}; d=${d:-/}
 if [ ! -d "$d" ] && [ "$look" = 0 ]; then
@@ -11611,7 +11635,7 @@ fi
 if [ "$kind" = f ]; then
   [ ! -d "$f" ] || no "$f is a directory"
   [ ! -e "$f" ] || [ -f "$f" ] || no "$f is neither a file nor a directory"
-else [ ! -e "$f" ] || [ -d "$f" ] || no "$f is no directory"; fi
+else [ ! -e "$f" ] || [ -d "$f" ] || no "$f is not a directory"; fi
 p=${d%/}/.clore-part-$token
 r=$p.done
 """
@@ -11622,7 +11646,7 @@ CONTROL = (
     + TARGET
     + r"""
 u=$(umask); umask 077
-# With resume, two uploads may share the temporary name: only the one that began last may go on.
+# With resume, two uploads may share the temporary name: only the last one that began may continue.
 make() {
   if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi || return 1
   [ "$keep" = 0 ] || echo "$owner" >"$o"
@@ -11722,7 +11746,7 @@ umask 077
 PUT = (
     WAIT
     + r"""
-c=notrunc,sparse
+c=$conv
 put() { dd of="$p$g" ibs="$s" count=1 obs=$block seek="$k" iflag=fullblock conv=$c 2>&1; }
 archive() { dd ibs="$s" count=1 obs=$block iflag=fullblock 2>/dev/null; }
 untar() { cd "$p" && archive | tar -x"$how"f - 2>&1; }
@@ -11894,11 +11918,11 @@ def _port_number(text: str) -> int:
 
 
 class HostConfig:
-    """The private keys and the jump hosts of a host in ``~/.ssh/config``.
+    """Read the private keys and the jump hosts of a host from ``~/.ssh/config``.
 
     Parameters:
         address: of the host, as :func:`plain_address` returns it.
-        use: read the file; else there are none.
+        use: whether to read the file; without it, there are no keys and no jump hosts.
 
     Attributes:
         identities: the files of the private keys.
@@ -11944,7 +11968,7 @@ class HostConfig:
         for hop, target in zip(self._hops, [*self._hops[1:], self._address], strict=False):
             ssh = import_paramiko().SSHClient()
             ssh.set_log_channel(PARAMIKO_LOGGER)
-            ssh.load_system_host_keys()  # a jump host belongs to the user, and is known
+            ssh.load_system_host_keys()  # the user must have accepted the jump host before
             opened.append(ssh)
             try:
                 ssh.connect(
@@ -12047,8 +12071,8 @@ def check_plain_name(value: Any) -> str:
     """Check the name of a job, or of an entry of ``~/.ssh/config``."""
     if not re.fullmatch(PLAIN_NAME, check_string("name", value)):
         raise ValueError(
-            "name must consist of at most 64 letters, digits, '_', '.' and '-', and begin with "
-            f"none of the last two, not {short_repr(value)}"
+            "name must consist of at most 64 letters, digits, '_', '.' and '-', and not begin with "
+            f"'.' or '-', unlike {short_repr(value)}"
         )
     return str(value)
 
@@ -12097,15 +12121,15 @@ def _config_path(path: str) -> str:
 TOO_SLOW = "it did not finish the SSH handshake in time"
 SSH_PAUSE = 2.0  # seconds between two attempts to reach an sshd that is not up yet
 FIRST_CONNECT = 5.0  # seconds for the first TCP connection
-LOOK_EVERY = 15.0  # seconds between two checks if the order has ended
+ENDED_CHECK = 15.0  # seconds between two checks if the order has ended
 
 
 class NotUpYetError(SSHError):
-    """An sshd may respond later; used only within this module."""
+    """The sshd may respond later; used only within this module."""
 
 
 class Login:
-    """The checked arguments of a login to the host of an order.
+    """Check the arguments of a login to the host of an order, and log in.
 
     Parameters:
         address: of the host, as ``plain_address`` returns it.
@@ -12153,14 +12177,14 @@ class Login:
             return self._paramiko.PKey.from_path(
                 path, None if passphrase is None else passphrase.encode()
             )
-        except TypeError as error:  # it is encrypted and there is none, or the other way round
+        except TypeError as error:  # an encrypted key and no passphrase, or the reverse
             if passphrase is None:
                 raise ValueError(f"key_path: {shown} is encrypted: give passphrase=") from error
             raise ValueError(f"passphrase: {shown} is not encrypted") from error
         except Exception as error:
             text = f"key_path: {shown} is not a private key that can be used: {reason(error)}"
             if passphrase is not None:
-                text = f"passphrase is not the one of {shown}, or {text}"
+                text = f"passphrase is not the right one for {shown}, or {text}"
             raise ValueError(text) from error
 
     def open(
@@ -12172,7 +12196,7 @@ class Login:
             report: gets the progress.
             first: the first attempt, in place of :meth:`once`.
         """
-        started = next_look = time.monotonic()
+        started = next_check = time.monotonic()
         while True:
             try:
                 attempt, first = first or self.once, None
@@ -12188,8 +12212,8 @@ class Login:
                     late.reason = "unreachable"
                     self.on_failure(late)
                     raise late from error.__cause__
-                if now >= next_look:
-                    next_look = now + LOOK_EVERY
+                if now >= next_check:
+                    next_check = now + ENDED_CHECK
                     self.on_failure(error)
                 logger.debug("no SSH at %s yet: %s", self.where, error)
                 if report is not None:
@@ -12201,7 +12225,7 @@ class Login:
                 raise
 
     def once(self) -> paramiko.SSHClient:
-        """Try once to log in, within ``timeout`` seconds in all."""
+        """Try once to log in, within ``timeout`` seconds for all steps."""
         ssh = self._paramiko.SSHClient()
         ssh.set_log_channel(PARAMIKO_LOGGER)
         ssh.set_missing_host_key_policy(self.keys)
@@ -12217,7 +12241,7 @@ class Login:
         with Watchdog() as watchdog, watchdog.limit(self.timeout, lambda: _break_off(ssh)) as limit:
             try:
                 self._connect(ssh)
-                if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
+                if not ssh.get_transport().is_authenticated():  # paramiko returns if it is partial
                     raise self._paramiko.ssh_exception.PartialAuthentication([])
                 self.keys.remember(ssh.get_transport().get_remote_server_key())
             except SSHError:
@@ -12251,18 +12275,18 @@ class Login:
             raise
 
     def _connect_timeout(self) -> float:
-        """Return the TCP timeout; short at first, as a failure lets the client check the order."""
+        """Return the TCP timeout. The first is short, so that the order can be checked early."""
         first, self._tried = not self._tried, True
         return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
 
     def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
-        transport.auth_interactive_dumb = self._answer_no_questions
+        transport.auth_interactive_dumb = self._refuse_questions
         if hops:
             close_after(transport, hops)
         return transport
 
-    def _answer_no_questions(self, *_: Any) -> None:
+    def _refuse_questions(self, *_: Any) -> None:
         # paramiko would print the host's text, and read the answer from the terminal.
         raise self._paramiko.ssh_exception.PartialAuthentication(
             ["keyboard-interactive or password"]
@@ -12274,7 +12298,7 @@ class Login:
         keys_exchanged = transport is not None and bool(transport.initial_kex_done)
         text = reason(error)
         lower = text.lower()
-        # paramiko's words for a connection that was closed, or was too slow.
+        # paramiko's text for a connection that was closed, or was too slow.
         no_session = "existing session" in lower
         # With too many keys, the host closes the connection.
         refused = isinstance(error, self._paramiko.AuthenticationException) or (
@@ -12296,9 +12320,10 @@ class Login:
             return NotUpYetError(text)
         if "no authentication methods" in lower:
             return SSHError(
-                f"there is nothing to log in to {self.where} with: pass password= or key_path="
+                f"no password or key to log in to {self.where} was found: "
+                "pass password= or key_path="
             )
-        # A wrong answer of the host can raise anything in paramiko.
+        # An invalid message from the host can raise any exception in paramiko.
         kind = "" if isinstance(error, self._paramiko.SSHException) else f"{type(error).__name__}: "
         return SSHError(f"SSH to {self.where} failed: {kind}{text}")
 
@@ -12573,7 +12598,7 @@ class CommandOutput:
         self._unreported: list[tuple[LineSplitter, bytes]] = []
 
     def add(self, stream: str, data: bytes) -> None:
-        """Keep data as far as there is room, and queue it for ``on_output``."""
+        """Keep data up to ``max_output`` bytes, and queue all of it for ``on_output``."""
         kept = data[: self._room]
         self._room -= len(kept)
         self.dropped += len(data) - len(kept)
@@ -12594,7 +12619,7 @@ class CommandOutput:
             splitter.finish()
 
     def text(self, stream: str) -> str:
-        """Return what was kept of a stream."""
+        """Return the kept output of a stream."""
         return self._kept[stream].decode("utf-8", "replace")
 
 
@@ -12634,7 +12659,7 @@ class LineSplitter:
 
 
 class PidLine:
-    """The first line that a command's shell prints on stderr, with a random mark and its pid.
+    """Read the first line on stderr, which has a random mark and the pid of the command's shell.
 
     It proves that the host runs the command, and names the process group to end. Until it arrives,
     the last 64 KB of stderr are held back.
@@ -12674,7 +12699,7 @@ class PidLine:
         return self.rest()
 
     def rest(self) -> bytes:
-        """Return what was held back, at the end of stderr."""
+        """Return the data that was held back, at the end of stderr."""
         rest, self._held = self._held, b""
         return rest
 
@@ -12686,9 +12711,9 @@ class PidLine:
 # ==================================================================================================
 
 
-# Prints when the process $1 was started; nothing if it has ended, even if it is a zombie.
-_BORN = r"""
-born() {
+# Prints the start time of the process $1 in clock ticks; nothing for an ended process or a zombie.
+_TICKS = r"""
+ticks() {
   [ -e /proc/self ] || { kill -s 0 "$1" 2>/dev/null && echo 0; return; }
   { read -r s <"/proc/$1/stat"; } 2>/dev/null || return 1
   s=${s##*) }; set -- $s; [ "$1" != Z ] && echo "${20}"
@@ -12698,10 +12723,10 @@ born() {
 # umask, and $5 the boot and the time. SIGTERM goes to the whole group: this shell ignores it, so
 # that it can record the exit code. It needs no other program and no free space on the disk.
 JOB_RUNNER = (
-    _BORN
+    _TICKS
     + r"""
 trap "" HUP; trap : TERM INT QUIT
-echo "$$ $(born $$ || echo -) $5" >"$1/pid"
+echo "$$ $(ticks $$ || echo -) $5" >"$1/pid"
 umask "$4"
 # Start-up files may change the directory.
 CLORE_JOB_CWD=$PWD "$2" -c 'cd "$CLORE_JOB_CWD"; '"$3"
@@ -12710,26 +12735,26 @@ printf "%-4s\n" $? 1<>"$1/exit"
 )
 # Precedes each of the scripts that follow.
 _JOBS = (
-    _BORN
+    _TICKS
     + r"""
 jobs=$PWD/.clore/jobs
 nap() { sleep "$1" 2>/dev/null || sleep 1; }
 boot() { # prints an id that changes when the host or its container restarts
   r=; { read -r r </proc/sys/kernel/random/boot_id; } 2>/dev/null
-  echo "$r/$(born 1)"
+  echo "$r/$(ticks 1)"
 }
 about() { # reads the state of the job $1 into $st, $code, $pid and $began
   st=gone code=- pid=- began=0
   j=$jobs/$1
   [ -d "$j" ] || return 1
-  w=0; until { read -r pid born boot began <"$j/pid"; } 2>/dev/null; do
-    pid=- born= boot= began=0 # it is starting, or its start was interrupted
+  w=0; until { read -r pid ticks boot began <"$j/pid"; } 2>/dev/null; do
+    pid=- ticks= boot= began=0 # it is starting, or its start was interrupted
     w=$((w+1)); [ $w -lt 20 ] || break
     nap 0.1
   done
-  b=$(born "$pid")
+  b=$(ticks "$pid")
   st=killed; [ "$boot" = "$(boot)" ] || st=lost
-  if [ -n "$born" ] && [ "$b" = "$born" ] && [ $st != lost ]; then st=running; fi
+  if [ -n "$ticks" ] && [ "$b" = "$ticks" ] && [ $st != lost ]; then st=running; fi
   # Read last, because a job may end in between.
   { read -r code <"$j/exit"; } 2>/dev/null || code=-
   [ "$code" = - ] || st=exited
@@ -12822,7 +12847,7 @@ members() { # prints the processes that have not ended
   done
 }
 # The number may belong to another process by now.
-if [ "$st" = lost ] || [ "$pid" = - ] || { [ -n "$b" ] && [ "$b" != "$born" ]; }; then
+if [ "$st" = lost ] || [ "$pid" = - ] || { [ -n "$b" ] && [ "$b" != "$ticks" ]; }; then
   echo "stopped"; exit 0
 fi
 known=; [ -z "$b" ] || known=$(tree "$pid")
@@ -12978,7 +13003,7 @@ def parse_stat(line: bytes) -> FileEntry:
 
 
 def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
-    """Check that a file is the same as before, or has grown: its start has arrived then."""
+    """Check that a file is the same as before, or has only grown; its start is then valid."""
     same_or_longer = (
         now is not None
         and now.kind == "f"
@@ -13027,11 +13052,11 @@ class Tree:
 
 
 class RemoteTree(Tree):
-    """The entries of a directory on a host, checked.
+    """Check and hold the entries of a directory on a host.
 
     Attributes:
         root: the directory itself.
-        odd: what is neither a file nor a directory nor a symlink.
+        odd: the entries that are neither a file nor a directory nor a symlink.
     """
 
     def __init__(self, excludes: Excludes | None = None) -> None:
@@ -13069,7 +13094,7 @@ class RemoteTree(Tree):
 
 def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> RemoteTree:
     """Read the output of the shell function ``list``, of at most so many entries."""
-    # A name may hold a line end: an entry begins where mode, size, time and "./" stand.
+    # A name may contain a line end, so an entry begins only at a mode, a size, a time and "./".
     pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
     line = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
     tree = RemoteTree(excludes)
@@ -13134,7 +13159,7 @@ def same_files(
 
 
 class LocalTree(Tree):
-    """The files, directories and symlinks to upload, and what is left out.
+    """Find the files, directories and symlinks to upload, and those that are left out.
 
     Attributes:
         mode, mtime: of ``path`` itself; ``mtime`` in nanoseconds.
@@ -13301,7 +13326,7 @@ def _portion_size(before: int) -> int:
 # ==================================================================================================
 
 
-DATA_WINDOW = 32 * 1024 * 1024  # bytes on their way to us on one channel: 320 MB/s at 100 ms
+DATA_WINDOW = 32 * 1024 * 1024  # bytes in flight on one channel: 320 MB/s at 100 ms
 MAX_NOISE = 65536  # bytes that start-up files may print
 MAX_LINE = 65536  # bytes
 SHELL_PATIENCE = 20.0  # seconds for a login shell to start a script
@@ -13523,7 +13548,7 @@ class RemoteScript:
     def _receive(self, most: int) -> bytes:
         if not self._buffer:
             try:
-                # All that there is: paramiko copies the rest of its buffer with every read.
+                # Read everything at once: paramiko copies the rest of its buffer with every read.
                 self._buffer = memoryview(self.channel.recv(DATA_WINDOW))
             except connection_errors():
                 raise SSHError("the connection broke") from None
@@ -13578,7 +13603,8 @@ def inlined(script: bytes) -> str | None:
 
 MAX_STREAMS = 16
 SYMLINK_WAYS = ("skip", "copy", "follow")
-# From so many bytes on, so many connections are worth their logins.
+# (size in bytes, connections): from this size on, more connections save more time than their logins
+# cost.
 UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
 CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
 LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
@@ -13587,7 +13613,7 @@ RANGE = 64 * 1024 * 1024  # bytes that are requested or hashed at a time, within
 
 
 class TransferOptions:
-    """The arguments of a transfer, checked."""
+    """Check the arguments of a transfer."""
 
     def __init__(
         self, local: Any, remote: Any, *, preserve: Any = False, verify: Any = False,
@@ -13630,7 +13656,7 @@ class TransferOptions:
 
 
 class DownloadOptions(TransferOptions):
-    """The arguments of a download, checked, and its target.
+    """Check the arguments of a download, and find its target.
 
     Attributes:
         target: the path to write a file to: inside ``local`` if that is a directory or is named as
@@ -13670,7 +13696,7 @@ def check_path(name: str, value: Any) -> bytes:
 
 
 class UploadOptions(TransferOptions):
-    """The arguments of an upload, checked."""
+    """Check the arguments of an upload."""
 
     def __init__(
         self, local: Any, remote: Any, *, preview: Any = False, delete: Any = False, **given: Any
@@ -13723,7 +13749,7 @@ class Transfer:
         total: bytes to transfer, once they are known.
         unchanged: the number of files that are left out, as they are the same.
         deletes: the names that only the target has, or None.
-        skipped: (name, reason) of what is left out.
+        skipped: (name, reason) for each entry that is left out.
         timeout: seconds without anything sent or received.
         near: whether one channel is as fast as several.
         takes_turns: whether no script may start while another one of the connection ends.
@@ -13788,7 +13814,7 @@ class Transfer:
     def ahead(self, confirmed: int) -> float:
         """Return how many bytes an upload may send beyond those that the host has confirmed.
 
-        They are what a cut of the connection can lose.
+        A broken connection can lose these bytes.
         """
         if not self.options.resume:
             return float("inf")
@@ -13813,7 +13839,7 @@ class Transfer:
         return running
 
     def stop(self, but: RemoteScript | None = None) -> None:
-        """End all scripts ``but`` one; wait less for what is still to be cleaned up."""
+        """End all scripts except ``but``, and shorten the timeouts for the cleanup."""
         self.stopped.set()
         self.timeout = min(self.timeout, LAST_PATIENCE)
         with self._lock:
@@ -13827,7 +13853,7 @@ class Transfer:
         self, ranges: Iterable[tuple[FileEntry, int, int]],
         place: Callable[[FileEntry], str | Path], setup: str = "", **values: Any,
     ) -> Iterator[FileEntry]:  # fmt: skip
-        """Yield the files of which a range (file, start, size) has another SHA-256 on the host.
+        """Yield the file of each range (file, start, size) whose SHA-256 on the host differs.
 
         Parameters:
             place: returns the local path of a file.
@@ -13937,7 +13963,7 @@ class Transfer:
         return printable(os.fsdecode(entry.name) if entry.name else self.name)
 
     def leave_out(self, name: bytes, why: str) -> None:
-        """Note and log what is not transferred."""
+        """Record and log an entry that is not transferred."""
         self.skipped.append((printable(os.fsdecode(name)), printable(why)))
         logger.warning("left out: %s, %s", *self.skipped[-1])
 
@@ -13955,7 +13981,7 @@ class Transfer:
         if self._expired:
             why = f"it took longer than deadline={self.options.deadline:g} seconds"
         if self.options.resume and done:
-            why += "; what has arrived is kept for resume=True"
+            why += "; the received data is kept for resume=True"
         text = f"{printable(name, 300)} was not transferred, after {done} of {total} bytes: {why}"
         return TransferError(text, name=name, done=done, total=total)
 
@@ -13982,8 +14008,8 @@ LEAST_PATIENCE = 5.0  # seconds for a login or an answer, even if less time is l
 MAX_TAIL = 8 * 1024 * 1024  # bytes
 MAX_PORTION = 1048576  # bytes of output after one size
 MAX_JOBS = 10_000
-MOST_USELESS_TRIES = 3  # consecutive connections that receive nothing of a job
-RECONNECT_PAUSE = 1.0  # least seconds between two connections
+MOST_USELESS_TRIES = 3  # consecutive connections without any output of the job
+RECONNECT_PAUSE = 1.0  # the fewest seconds between two connections
 # A name, its state, its exit code or "-", and the time of its start.
 _JOB_STATE = r"(running|exited|killed|lost) (-|[0-9]{1,3}) ([0-9]{1,12})"
 _SIGNAL_CODES = range(129, 193)
@@ -13992,7 +14018,7 @@ Connect = Callable[[float], ConnectionPool]
 
 
 class JobCommand:
-    """The checked arguments of ``start``."""
+    """Check the arguments of ``start``."""
 
     def __init__(
         self,
@@ -14027,7 +14053,7 @@ class JobState(NamedTuple):
         """Read what the scripts print about a job."""
         found = re.fullmatch(_JOB_STATE, text)
         if found is None:
-            raise SSHError(f"the host describes a job in a way that can't be read: {text!r}")
+            raise SSHError(f"the host sent a job state that can't be read: {text!r}")
         status, digits, started = found.groups()
         code = int(digits) if status == "exited" and digits != "-" else None
         return cls("killed" if code in _SIGNAL_CODES else status, code, float(started))
@@ -14056,8 +14082,11 @@ class HostJobs:
         with self._connect(max(0.0, left)) as pool, Watchdog() as watchdog:
             transport = pool.ssh.get_transport()
             turn = threading.Lock() if takes_turns(transport) else None
-            with RemoteScript(transport, text, watchdog, limit, turn=turn) as script:
-                yield script
+            try:
+                with RemoteScript(transport, text, watchdog, limit, turn=turn) as script:
+                    yield script
+            except NoShellError as error:
+                raise JobError(f"a job needs a POSIX shell: {error}") from error
 
     def call(
         self, verb: str, word: bytes, most: int = 0, /, *, name: str, **values: bytes | str | int
@@ -14065,7 +14094,7 @@ class HostJobs:
         """Run a script for one job; return what follows ``word`` in its answer.
 
         Parameters:
-            most: the highest number of bytes of further output, which are returned too.
+            most: the maximum number of bytes after that line, which are returned too.
 
         Raises:
             JobError: the script failed.
@@ -14114,7 +14143,7 @@ class Job:
 
     Attributes:
         name: the name of the job.
-        command: the command; of a job that another process started, the first line of it.
+        command: the command; only its first line if another process started the job.
     """
 
     def __init__(self, host: HostJobs, name: str, command: str, state: JobState) -> None:
@@ -14137,7 +14166,7 @@ class Job:
             :meth:`stop`; ``"lost"``, if the host or its container was restarted, or the order has
             ended.
         """
-        return self._look().status
+        return self._refresh().status
 
     @property
     def exit_code(self) -> int | None:
@@ -14145,7 +14174,7 @@ class Job:
 
         It is 128 plus the number of the signal if one ended the command.
         """
-        return self._look().exit_code
+        return self._refresh().exit_code
 
     @property
     def started(self) -> float:
@@ -14244,7 +14273,7 @@ class Job:
         if self._state.status == "running":
             self._state = JobState("lost")
 
-    def _look(self) -> JobState:
+    def _refresh(self) -> JobState:
         if self._state.status == "running":
             try:
                 found = self._host.find(self.name)
@@ -14305,7 +14334,7 @@ class JobOutput:
         useless = 0
         failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
         while self.state is None:
-            began, size, self._heard = time.monotonic(), self.size, False
+            began, self._heard = time.monotonic(), False
             try:
                 yield from self._received()
             except (JobError, HostKeyChangedError):
@@ -14317,9 +14346,7 @@ class JobOutput:
                 if self._time_left() <= 0:
                     raise self._too_late(f"it may still run ({reason(error)})") from error
                 lasted = time.monotonic() - began
-                # Else a host that ends each script at once would be asked forever.
-                useful = self.size > size or (self._heard and lasted > LEAST_PATIENCE)
-                useless = 0 if useful else useless + 1
+                useless = 0 if self._heard else useless + 1
                 if no_login or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
                     raise
                 logger.warning("job %s: %s; connecting again", self._name, error)
@@ -14384,11 +14411,11 @@ def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in LOGIN_DEFAULTS:
             raise TypeError(
-                f"there is no argument {name!r}, neither here nor among those of a login: "
+                f"there is no argument {name!r}; the arguments for the login are "
                 f"{', '.join(sorted(LOGIN_DEFAULTS))}"
             )
     options = {**LOGIN_DEFAULTS, **given}
-    for name in ("key_path", "host_key"):  # not secret, and errors name them
+    for name in ("key_path", "host_key"):  # not secret, and shown in errors
         if isinstance(options[name], Secret):
             options[name] = str(options[name])
     check_number("wait", options["wait"], infinite=True, unit="seconds")
@@ -14441,10 +14468,10 @@ class SSHAccess:
         return self._by_account.setdefault(account, HostKeys(self._folder, account))
 
     def _with_address(self, order: Any) -> Order:
-        """Return an order with its address, which is read if the argument has none.
+        """Return an order with its address. If the argument has no address, read the order.
 
         Raises:
-            OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
+            OrderEndedError, OrderNotFoundError: the order has ended, or does not exist.
         """
         if isinstance(order, Mapping):
             record = order if isinstance(order, Order) else Order(order)
@@ -14591,7 +14618,7 @@ _KILL_GROUP = (
 
 
 class Command:
-    """A command with its checked arguments.
+    """Check the arguments of a command, and run it.
 
     Parameters:
         command: a line for the host's shell, or a list of arguments, which is quoted.
@@ -14822,18 +14849,18 @@ class RunningCommand:
         return size
 
     def _all_arrived(self) -> bool:
-        """Check that there is no more output, rather than a slow network.
+        """Check that all output has arrived, and is not only delayed by a slow network.
 
-        The host sends in order: output that was ready before its first answer arrives before its
-        second answer.
+        The host sends in order: output that was ready before its first reply arrives before its
+        second reply.
         """
         channel = self._channel
-        for _ in range(3):  # the first may have been opened before
+        for _ in range(3):  # the first session may be one that was opened in advance
             try:
                 with self._limited(2 * PATIENCE):
                     open_session(self._transport, PATIENCE).close()
             except NoChannelError:
-                pass  # a refusal is an answer
+                pass  # a refusal is a reply too
             except (SSHError, OSError, EOFError):
                 return False
             if channel.recv_ready() or channel.recv_stderr_ready() or channel.closed:
@@ -14931,7 +14958,7 @@ def _feed(channel: Any, data: bytes) -> None:
 
 
 SCP_BUFFER = 131072  # bytes of one read or write
-MAX_SCP_LINE = 8192  # bytes; the longest honest line is an error with a path in it
+MAX_SCP_LINE = 8192  # bytes; the longest valid line is an error with a path in it
 MAX_FOLDER_DEPTH = 64
 SCP_BASE: Any = object  # guarded_scp() adds scp.SCPClient, which is imported late
 UNNAMED = (b"", b".", b"..")  # how scp names the folders /, . and ..
@@ -14978,11 +15005,11 @@ class CallbackError(Exception):
 class ScpChannel(LimitedChannel):
     """Return one line, one status byte or bytes of one file with each ``recv``.
 
-    scp takes what one ``recv`` returns for one record, and the host decides where packets end.
+    scp treats the bytes of one ``recv`` as one record, but the host decides where packets end.
     """
 
-    closed = False  # scp stops at True, and would miss what came before the end
-    content_left = 0  # bytes of a file that come next
+    closed = False  # with True, scp stops before it has read all data
+    content_left = 0  # bytes that are left of the current file
 
     def recv(self, size: int) -> bytes:
         if self.content_left:
@@ -14997,7 +15024,7 @@ class ScpChannel(LimitedChannel):
             if len(line) > MAX_SCP_LINE:
                 raise SSHError("the host sent a line without an end")
             line += super().recv(1) or self._fail()
-        return b"\0\n" if line == b"\0" else line  # where scp wants a line, this is a bad one
+        return b"\0\n" if line == b"\0" else line  # scp rejects this where it expects a line
 
     def finish(self) -> None:
         """Check that scp on the host succeeds."""
@@ -15215,7 +15242,7 @@ class ExactFile:
     def read(self, most: int) -> bytes:
         data = bytes(self._file.read(min(most, self._size - self._done)))
         if not data:
-            raise SSHError(f"the file ended before {self._size} bytes: it changed meanwhile")
+            raise SSHError(f"the file ended before {self._size} bytes: it has changed")
         self._done += len(data)
         return data
 
@@ -15242,7 +15269,7 @@ def _asked_name(path: bytes, wildcards: bool) -> bytes:
     if name in UNNAMED:
         return b"."
     if path.startswith(b"~") and name == path:
-        return b"*"  # a home, whose name only the host knows
+        return b"*"  # a home directory, whose name only the host knows
     import glob
 
     return name if wildcards else glob.escape(name)
@@ -15257,7 +15284,7 @@ def _asked_name(path: bytes, wildcards: bool) -> bytes:
 
 SHELL_TIMEOUT = 30.0  # seconds for a host to open a terminal
 CLOSE_TIMEOUT = 2.0  # seconds for the host to send the exit code, and to close the terminal
-SHELL_LOOK = 0.25  # seconds between two checks of the size of the window
+SIZE_CHECK = 0.25  # seconds between two checks of the size of the window
 SHELL_PIECE = 65536  # bytes
 
 
@@ -15346,12 +15373,12 @@ class _Terminal:
                 channel.resize_pty(size.columns, size.lines)
 
     def _pass_on(self, channel: LimitedChannel) -> None:
-        """Pass on what has arrived, in both directions; return soon if there is nothing."""
+        """Pass on the data of both directions; return soon if there is none."""
         # Input is read only when it can be sent: a send that waits would hold up the output.
         watched: list[Any] = [channel]
         if self._reads and channel.send_ready():
             watched.append(self._source)
-        ready, _, _ = select.select(watched, [], [], SHELL_LOOK)
+        ready, _, _ = select.select(watched, [], [], SIZE_CHECK)
         if channel.recv_ready():
             _write_all(self._target, channel.recv(SHELL_PIECE))
         if self._source in ready:
@@ -15418,7 +15445,7 @@ Different = Callable[[list[FileEntry]], list[FileEntry]]
 
 
 class LocalPart:
-    """Keep the temporary file or directory of a download, and a record of what has arrived.
+    """Keep the temporary file or directory of a download, and a record of the received data.
 
     Attributes:
         target: the final path.
@@ -15487,7 +15514,7 @@ class LocalPart:
         return end
 
     def clear(self) -> None:
-        """Remove what has arrived, and its record."""
+        """Remove the received data, and its record."""
         self._remove()
         self.done = {}
         if self._record is not None:
@@ -15528,10 +15555,10 @@ class LocalPart:
         target = self.target
         above = os.path.dirname(os.path.abspath(target))
         if os.path.lexists(above) and not os.path.isdir(above):
-            raise NotADirectoryError(f"local is no directory: {above!r}")
+            raise NotADirectoryError(f"local is not a directory: {above!r}")
         if folder:
             if os.path.lexists(target) and not os.path.isdir(target):
-                raise NotADirectoryError(f"local is no directory: {target!r}")
+                raise NotADirectoryError(f"local is not a directory: {target!r}")
             return
         if os.path.isdir(target):
             raise IsADirectoryError(f"local is a directory: {target!r}")
@@ -15568,11 +15595,11 @@ class LocalPart:
             self.open(single).close()
 
     def target_of(self, entry: FileEntry) -> str:
-        """Return where an entry goes in the end."""
+        """Return the final path of an entry."""
         return os.path.join(self.target, checked_name(entry.name)) if entry.name else self.target
 
     def installed(self, entry: FileEntry) -> FileEntry | None:
-        """Return what the target already has in the place of a file."""
+        """Return the entry that already exists at the final path of a file, or None."""
         try:
             found = os.lstat(self.target_of(entry))
         except OSError:
@@ -15645,9 +15672,9 @@ def merge_into(part: Path, target: str, entries: list[FileEntry], preserve: bool
         place = os.path.join(target, checked_name(entry.name))
         shown = printable(os.fsdecode(entry.name), 300)
         if os.path.islink(place) and entry.kind == "d":
-            raise SSHError(f"local holds a symlink in the place of {shown}")
+            raise SSHError(f"local has a symlink in the place of {shown}")
         if os.path.lexists(place) and os.path.isdir(place) != (entry.kind == "d"):
-            raise SSHError(f"local holds something else in the place of {shown}")
+            raise SSHError(f"local has something else in the place of {shown}")
     umask = local_umask()
     for entry in entries:
         name = checked_name(entry.name)
@@ -15665,7 +15692,7 @@ def merge_into(part: Path, target: str, entries: list[FileEntry], preserve: bool
 
 
 def write_piece(file: Any, piece: bytes) -> None:
-    """Write a piece, unless it is all zeros and nothing else is there: sparse files stay sparse."""
+    """Write a piece, but skip zeros where the file has only zeros: sparse files stay sparse."""
     if piece[0] == 0 == piece[-1] and piece == ZEROS[: len(piece)]:
         start = file.tell()
         there = file.read(len(piece))  # shorter at the end of the file
@@ -15700,15 +15727,17 @@ def begin_tree(
         transfer.leave_out(entry.name, "it is not a file")
     kept = []
     for entry in tree.entries:
-        # GNU tar reads a backslash in a name as an escape.
-        if entry.kind == "l" and (options.symlinks == "skip" or b"\\" in entry.name):
+        if entry.kind == "l" and options.symlinks == "skip":
             transfer.leave_out(entry.name, "a symlink")
+        elif entry.kind == "l" and b"\\" in entry.name:  # an escape for GNU tar
+            transfer.leave_out(entry.name, "a symlink whose name has a backslash")
         else:
             kept.append(entry)
     tree.entries = kept
     links = [entry for entry in kept if entry.kind == "l"]
+    transfer.total = sum(entry.size for entry in tree.files)
     part.accept(tree.files, folder=True)
-    if not links or options.symlinks != "follow":  # else all that a symlink leads to is needed
+    if not links or options.symlinks != "follow":  # a followed symlink may need unchanged files
         same = same_files(tree.files, options, part.installed, different)
         tree.drop_files(same)
         transfer.unchanged = len(same)
@@ -15833,7 +15862,7 @@ class RemoteFiles:
         return posixpath.normpath(posixpath.join(home, path)) + b"/" * path.endswith(b"/")
 
     def look(self, path: bytes, follow: bool = True) -> FileEntry | None:
-        """Return what a path is, or None if it does not exist."""
+        """Return the entry at a path, or None if it does not exist."""
         try:
             return _entry(b"", self.sftp.stat(path) if follow else self.sftp.lstat(path))
         except FileNotFoundError:
@@ -15845,7 +15874,7 @@ class RemoteFiles:
         return "" if found is None else found.kind
 
     def tree(self, path: bytes, excludes: Excludes | None = None) -> RemoteTree:
-        """Return what a path is, and what is below it."""
+        """Return the entry at a path, and all entries below it."""
         tree, found = RemoteTree(excludes), self.look(path)
         if found is not None:
             tree.add(found)
@@ -15864,7 +15893,7 @@ class RemoteFiles:
                 self._walk(top, entry.name, tree, level + 1)
 
     def _listed(self, folder: bytes) -> list[FileEntry]:
-        """Return what is in a directory."""
+        """Return the entries of a directory."""
         # Read the whole listing before the next request: paramiko requests some of it ahead.
         listed = list(itertools.islice(self.sftp.listdir_iter(folder), MAX_LISTED + 1))
         if len(listed) > MAX_LISTED:
@@ -15901,7 +15930,7 @@ class RemoteFiles:
         return digest.hexdigest()
 
     def differs(self, entry: FileEntry, path: bytes, here: str | Path) -> bool:
-        """Return whether a file has another SHA-256 than a local one."""
+        """Return whether the SHA-256 of a file differs from that of a local file."""
         return self.digest(path, entry.size) != file_digest(here, 0, entry.size)
 
     def make_folders(self, folder: bytes) -> None:
@@ -15912,6 +15941,17 @@ class RemoteFiles:
             self.sftp.mkdir(folder)
         elif kind != "d":
             raise SSHError(f"{os.fsdecode(folder)} is not a directory")
+
+    def replace(self, source: bytes, target: bytes) -> None:
+        """Rename a file over another one."""
+        try:
+            self.sftp.posix_rename(source, target)
+        except OSError as error:
+            if error.errno is not None:  # else the server may lack this extension
+                raise
+            if self.kind(target, follow=False):
+                self.sftp.remove(target)
+            self.sftp.rename(source, target)
 
     def remove(self, path: bytes) -> None:
         """Remove a file or a directory, if it exists."""
@@ -16005,6 +16045,7 @@ class SftpUpload:
         whole = os.path.abspath(tree.path)
         token = part_token(self._options.resume, "sftp", self._target, whole)
         self._part = _join(posixpath.dirname(self._target), PART.encode() + token.encode())
+        self._confirmed = self._unconfirmed = 0  # bytes
 
     def _find_target(self) -> bytes:
         """Check the target, and return its path."""
@@ -16109,10 +16150,8 @@ class SftpUpload:
         with self._remote.open(place, "r+b" if start else "wb") as file:
             file.chmod(0o600)
             file.seek(start)
-            # What the host has not confirmed can be lost: with resume, that is one request.
-            file.set_pipelined(not self._options.resume)
             for piece in self._tree.pieces(entry, start, entry.size - start):
-                file.write(bytes(piece))
+                self._write(file, bytes(piece))
                 self._transfer.moved(entry, len(piece))
         if start or not entry.size:
             self._transfer.moved(entry, start)
@@ -16124,6 +16163,16 @@ class SftpUpload:
         if verify and self._remote.differs(entry, place, self._tree.place(entry)):
             self._remote.remove(place)
             raise SSHError(DIFFERS)
+
+    def _write(self, file: Any, piece: bytes) -> None:
+        """Write, and let the host confirm all earlier writes where too much is unconfirmed."""
+        self._unconfirmed += len(piece)
+        waits = self._unconfirmed >= self._transfer.ahead(self._confirmed)
+        file.set_pipelined(not waits)
+        file.write(piece)
+        if waits:
+            self._confirmed += self._unconfirmed
+            self._unconfirmed = 0
 
     def _install(self) -> None:
         remote, tree, part, target = self._remote, self._tree, self._part, self._target
@@ -16142,10 +16191,10 @@ class SftpUpload:
             return
         if tree.is_folder:
             self._finish(FileEntry(b"", 0, tree.mtime, tree.mode, "d"), part, b"")
-        remote.sftp.posix_rename(part, target)
+        remote.replace(part, target)
 
     def _check_place(self, entry: FileEntry, place: bytes) -> None:
-        """Check what stands in the place of an entry before anything is installed."""
+        """Check what exists in the place of an entry, before any file is moved there."""
         kind = self._remote.kind(place, follow=False)
         if kind == "l" and entry.kind != "l":
             if self._options.symlinks != "follow":
@@ -16165,7 +16214,7 @@ class SftpUpload:
 
     def _move(self, entry: FileEntry, place: bytes, target: bytes) -> None:
         if entry.kind != "d":
-            self._remote.sftp.posix_rename(place, target)
+            self._remote.replace(place, target)
         elif not self._remote.kind(target):
             self._remote.sftp.mkdir(target, 0o700)
             self._remote.sftp.chmod(target, entry.mode | 0o700)
@@ -16195,12 +16244,12 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
 
 
 def _download(transfer: Transfer, part: LocalPart) -> list[FileEntry]:
-    """Download with the host's shell, or else over SFTP; return the files that came."""
+    """Download with the host's shell, or else over SFTP; return the files that were received."""
     try:
         with Download(transfer, part) as receiver:
             return _receive_all(transfer, part, receiver)
     except NoShellError as error:
-        logger.warning("files come over SFTP, which is slower: %s", error)
+        logger.warning("the download uses SFTP, which is slower: %s", error)
         transfer.restart()
         with sftp_session(transfer) as remote:
             return _receive_all(transfer, part, SftpDownload(transfer, part, remote))
@@ -16227,8 +16276,8 @@ def _receive_all(
 class Download:
     """Download with the host's shell; a context manager.
 
-    The script LOOK lists what there is, and sends a file that is not large. Workers receive large
-    files in ranges; small ones come in a tar stream.
+    The script LOOK lists a directory, or sends a single file that is not large. Workers receive
+    large files in ranges; small ones are received in a tar stream.
     """
 
     def __init__(self, transfer: Transfer, part: LocalPart) -> None:
@@ -16252,7 +16301,7 @@ class Download:
         self._transfer.join_workers()
 
     def look(self) -> FileEntry | RemoteTree:
-        """Return what the source is."""
+        """Return the source: the entry of a file, or the tree of a directory."""
         transfer = self._transfer
         look = self._look = transfer.script(
             transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
@@ -16434,7 +16483,7 @@ class Download:
             received[name] = entry
         for entry in wanted.values():
             with about(entry):
-                raise SSHError(f"it did not come: {get.refused()}")
+                raise SSHError(f"it was not received: {get.refused()}")
 
     def _take_member(
         self, get: RemoteScript, entry: FileEntry, info: Any, received: dict[bytes, FileEntry]
@@ -16444,7 +16493,7 @@ class Download:
         elif info.islnk() and entry.kind == "f":
             original = received.get(os.fsencode(info.linkname).removeprefix(b"./"))
             if original is None:
-                raise SSHError("it is a hard link to what was not requested")
+                raise SSHError("it is a hard link to a file that was not requested")
             shutil.copyfile(self._part.place(original), self._part.place(entry))
             self._part.note(entry, 0, entry.size)
             self._transfer.moved(entry, entry.size)
@@ -16529,8 +16578,8 @@ def _compare(line: bytes, digest: str) -> None:
 # ==================================================================================================
 
 
-# sshd has a window of 2 MB for each channel, and allows ten channels on a connection: far from the
-# host, more channels make an upload faster.
+# sshd has a window of 2 MB for each channel, and allows ten channels on a connection. If the round
+# trip is long, more channels make an upload faster.
 UPLOAD_CHANNELS = 8
 RESUMABLE_CHANNELS = 2
 MAX_UNCONFIRMED = 1000  # portions; the answers to all of them fit in the window of a channel
@@ -16559,7 +16608,7 @@ def _upload(transfer: Transfer, tree: LocalTree) -> bytes:
         except (NoShellError, NoChannelError) as error:
             transfer.restart()
             if careful or isinstance(error, NoShellError):
-                logger.warning("files go over SFTP, which is slower: %s", error)
+                logger.warning("the upload uses SFTP, which is slower: %s", error)
                 with sftp_session(transfer) as remote:
                     return _compare_and_send(transfer, tree, SftpUpload(transfer, tree, remote))
             careful = True
@@ -16574,7 +16623,7 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
     by_name = there.by_name
     deletes: list[bytes] = []
     if options.delete is not False:
-        transfer.deletes = deletes = _only_there(tree, by_name, options)
+        transfer.deletes = deletes = _extra_names(tree, by_name, options)
     same = same_files(tree.files, options, lambda e: by_name.get(e.name), sender.different)
     tree.drop_files(same)
     transfer.unchanged = len(same)
@@ -16587,10 +16636,10 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
     return path
 
 
-def _only_there(tree: LocalTree, there: dict[bytes, FileEntry], options: Any) -> list[bytes]:
+def _extra_names(tree: LocalTree, there: dict[bytes, FileEntry], options: Any) -> list[bytes]:
     """Return the names that only the target has, deepest first.
 
-    What ``exclude`` matches, or was left out here, is not among them.
+    Names that match ``exclude``, or that the upload left out, are not returned.
     """
     here = {entry.name for entry in tree.entries}
     left_out = {name for name, _ in tree.left_out}
@@ -16649,13 +16698,13 @@ class Upload:
         return self._transfer.script(self._transfer.pool.ssh, text)
 
     def listing(self) -> tuple[bytes, RemoteTree]:
-        """Return the path of the target, and what is there."""
+        """Return the path of the target, and its entries."""
         with self._script("look", LIST_TARGET) as script:
             path = script.answer(b"target")
             return path, parse_listing(script.until(self._token, MAX_ANSWER), MAX_FILES)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
-        """Return those of the files whose content differs there."""
+        """Return those of the files whose content differs on the host."""
         ranges = [(entry, 0, entry.size) for entry in files]
         return list(self._different(ranges, "path=$f\n"))
 
@@ -16718,7 +16767,7 @@ class Upload:
         )  # fmt: skip
 
     def _tidy(self) -> None:
-        """Let the host remove what has arrived, and wait until it has done so."""
+        """Let the host remove the received data, and wait until it has done so."""
         if self._control is None:
             return
         self._control.end()
@@ -16763,14 +16812,16 @@ class Upload:
         if (transfer.near and options.streams is None) or options.resume:
             connections = 1
         self._workers = min(len(self._left), connections * channels)
-        # What several workers write is read back there, and compared.
+        # If several workers write a file, the host reads it again, and digests are compared.
         self._hashes = options.verify or options.resume or self._workers > 1
         transfer.start_workers(connections, self._workers, self._work)
 
     def _work(self, ssh: Any) -> None:
         """Send portions until none is left."""
         how, hashes = "op" if self._options.preserve else "opm", int(self._hashes)
-        script = script_text("put", PUT, **self._values, look=0, how=how, hash=hashes)
+        # Two dd that write holes into one file can shorten it.
+        conv = "notrunc,sparse" if self._workers == 1 else "notrunc"
+        script = script_text("put", PUT, **self._values, look=0, how=how, hash=hashes, conv=conv)
         with self._transfer.script(ssh, script) as put:
             sent: list[tuple[Portion, bytes]] = []  # with digests, not confirmed yet
             while (portion := self._take()) is not None:
@@ -16858,7 +16909,7 @@ class Upload:
             self._transfer.count(entry, size)
 
     def _check_tree(self, control: RemoteScript) -> None:
-        """Compare the names and sizes of what has arrived."""
+        """Compare the names and sizes of the received files."""
         control.send(b"list\nsync\n")
         text = control.until(self._token, MAX_ANSWER)
         there = parse_listing(text, len(self._tree.entries) * 2 + 100).by_name
@@ -16866,9 +16917,9 @@ class Upload:
             found = there.get(entry.name)
             with about(entry):
                 if found is None:
-                    raise SSHError("it is not there")
+                    raise SSHError("it is missing on the host")
                 if (found.kind, found.size) != (entry.kind, entry.size):
-                    raise SSHError(f"it has {found.size} bytes there")
+                    raise SSHError(f"it has {found.size} bytes on the host")
 
     def _set_modes(self, control: RemoteScript) -> None:
         """Set modes and times of large files and directories, the deepest first."""
@@ -16902,7 +16953,7 @@ def touch_time(mtime: int) -> str:
 # ==================================================================================================
 # ssh.tunnel
 #
-# Reach a service on a host: forward a local port to it, or wait until it answers HTTP requests.
+# Reach a service on a host: forward a local port to it, or wait until it responds over HTTP.
 # ==================================================================================================
 
 
@@ -17039,7 +17090,7 @@ class Forward:
 
 
 class _Link:
-    """A forwarded connection: a local socket, a channel, and a thread for each direction.
+    """Forward one connection: a local socket, a channel, and a thread for each direction.
 
     Attributes:
         thread: the thread that ends when both directions have ended.
@@ -17128,7 +17179,7 @@ class _Link:
 
 
 class HTTPWait:
-    """The checked arguments of ``wait_for_http``.
+    """Check the arguments of ``wait_for_http``, and wait.
 
     Parameters:
         read: returns the order with an id.
@@ -17204,7 +17255,7 @@ class HTTPWait:
 
     def _too_late(self, why: str) -> WaitTimeoutError:
         error = WaitTimeoutError(
-            f"no service at {self.where} within {self.timeout:g}s, the last answer: {why}. Does it "
+            f"no service at {self.where} within {self.timeout:g}s, the last result: {why}. Does it "
             "listen on 0.0.0.0 and on the right port?",
             order_id=self.order.id or 0, order=self.order,
         )  # fmt: skip
@@ -17226,9 +17277,13 @@ class HTTPWait:
                 raise CloreConnectionError(
                     f"the certificate of {self.where} is not valid: {printable(str(error), 300)}"
                 ) from error
+            if isinstance(error, requests.Timeout):
+                return f"no response within {SERVICE_LIMIT:g}s"
             cause = reason_of(error)
             if getattr(cause, "args", ()) and isinstance(cause.args[-1], Exception):
                 cause = cause.args[-1]  # inside of a ProtocolError
+            if self.url is None and isinstance(cause, ConnectionError):  # of the forwarded port
+                return "the connection was refused, or closed without a response"
             return printable(str(cause) or type(error).__name__, 200)
         finally:
             exchange.begin(lambda: None, lambda: None, math.inf)
@@ -17397,7 +17452,7 @@ class CloreClient(HTTPClient):
 
         Returns:
             Three lines: where the key and the base URL come from, and who shares the rate limit. If
-            that is not what the settings ask for, it says since when, and why.
+            that is not what the settings ask for, it says for how long, and why.
 
         Example:
             >>> print(client.describe())
@@ -17454,7 +17509,7 @@ class CloreClient(HTTPClient):
             has no wallet for this currency.
 
         Raises:
-            ValueError: it is no currency and no part of a wallet's name; the error has the names.
+            ValueError: it is neither a currency nor part of a wallet's name; the error has names.
 
         Example:
             >>> client.get_balance("USD")
@@ -17708,8 +17763,8 @@ class CloreClient(HTTPClient):
     ) -> CostEstimate:
         """Estimate the cost of a rental, with all fees.
 
-        The fees are those of the account, which are asked for once. Without a key they are the
-        published ones: 5 % on demand, 1.25 % spot, and 0.10 USD after ten minutes.
+        The fees of the account are read once. Without a key, the published fees are used: 5 % on
+        demand, 1.25 % spot, and 0.10 USD after ten minutes.
 
         Parameters:
             server: a server or its id; with an id, the marketplace is read.
@@ -17832,8 +17887,8 @@ class CloreClient(HTTPClient):
             An :class:`Order` that also has ``code`` (0).
 
         Raises:
-            OrderOutcomeUnknownError: the order may or may not exist, or several orders could be
-                it. Look at :meth:`get_orders` before you order again. ``credentials`` has the
+            OrderOutcomeUnknownError: the order may or may not exist, or several orders match.
+                Check :meth:`get_orders` before you order again. ``credentials`` has the
                 password, key and token that were sent.
             ServerAlreadyRentedError, ServerOfflineError, InsufficientBalanceError,
             BidTooLowError, CurrencyNotAllowedError, DatabaseError: the API refused the order.
@@ -18119,9 +18174,9 @@ class CloreClient(HTTPClient):
     ) -> RentalGroup:
         """Rent several servers for the length of a ``with`` block, and cancel all at its end.
 
-        They deploy side by side, each on a server of its own; the API allows one order in five
-        seconds. If fewer than ``min_count`` run, all are cancelled. Each rental ends as that of
-        :meth:`rent` does, and all end together, whatever happens.
+        They deploy at the same time, each on a server of its own; the API allows one order in five
+        seconds. If fewer than ``min_count`` run, all are cancelled. All rentals end together, each
+        one in the same way as that of :meth:`rent`.
 
         Parameters:
             count: the number of servers.
@@ -18164,7 +18219,7 @@ class CloreClient(HTTPClient):
         max_cost_usd: float | None = None,
         cancel_timeout: float = 300.0,
     ) -> Rental:
-        """Return a rental of an order that runs already, from any process.
+        """Return a rental for an order that already exists; any process may have made it.
 
         Without ``end``, it can be used with and without a block, and never ends the order. With
         ``end``, it begins with its block or ``start()``, and ends the order as :meth:`rent` does.
@@ -18179,10 +18234,10 @@ class CloreClient(HTTPClient):
             A :class:`Rental`.
 
         Raises:
-            OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
+            OrderEndedError, OrderNotFoundError: the order has ended, or does not exist.
 
         Example:
-            >>> client.attach(1958009).run("nvidia-smi -L").stdout
+            1958009).run("nvidia-smi -L").stdout
             'GPU 0: NVIDIA GeForce RTX 4090'
         """
         wanted = check_order_id("order", order)
@@ -18240,7 +18295,7 @@ class CloreClient(HTTPClient):
             cancel_timeout: seconds to keep sending each cancel.
 
         Returns:
-            The ids of the orders, which have confirmed ended.
+            The ids of the orders, which are confirmed to have ended.
 
         Raises:
             CancelUnconfirmedError: some orders may still be running; ``order_ids`` has them.
@@ -18265,7 +18320,7 @@ class CloreClient(HTTPClient):
             cancel_timeout: seconds to keep sending each cancel.
 
         Returns:
-            The ids of the orders, which have confirmed ended.
+            The ids of the orders, which are confirmed to have ended.
 
         Raises:
             CancelUnconfirmedError: some orders may still be running; ``order_ids`` has them.
@@ -18466,7 +18521,7 @@ class CloreClient(HTTPClient):
             SSHError: the order has no address yet, no host responded in time, or the host refused
                 the login.
             HostKeyChangedError: the host key has changed; no login was sent.
-            OrderEndedError: the order has ended. After the first failure, the client looks.
+            OrderEndedError: the order has ended. The client checks this when a login fails.
             OrderNotFoundError: the account has no order with this number.
             ValueError: an argument is not valid, such as a ``key_path`` that can't be read.
             ImportError: paramiko is not installed.
@@ -18649,11 +18704,11 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> Job:
-        """Start a job: a command that runs on, without a connection. Needs paramiko.
+        """Start a job: a command that keeps running without a connection. Needs paramiko.
 
         It runs in a session of its own, with an empty standard input. Its output and its exit code
-        are files on the host, in ``~/.clore/jobs/<name>``. So it goes on after the end of this
-        process, and :meth:`job` finds it from any other. It ends with the order.
+        are files on the host, in ``~/.clore/jobs/<name>``. So it continues after the end of this
+        process, and :meth:`job` finds it from any other process. It ends with the order.
 
         Parameters:
             order: a running order or its number.
@@ -18710,11 +18765,11 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> Job:
-        """Return the job with a name, from any process.
+        """Return the job with a name; any process may have started it.
 
         Parameters:
             order: a running order or its number.
-            name: the name that :meth:`start` was given.
+            name: the ``name`` of :meth:`start`.
             ssh, **login: as for :meth:`start`.
 
         Returns:
@@ -18737,8 +18792,8 @@ class CloreClient(HTTPClient):
     ) -> int:
         """Open the host's shell in this terminal, until it ends. Needs paramiko.
 
-        Every key goes to the host, Ctrl-C too. The terminal is as before afterwards, in
-        whichever way the shell ends.
+        Every key is sent to the host, Ctrl-C too. The terminal is restored, however the shell
+        ends.
 
         Parameters:
             order: a running order or its number.
@@ -18772,16 +18827,16 @@ class CloreClient(HTTPClient):
         ssh: paramiko.SSHClient | None = None,
         **login: Any,
     ) -> int:
-        """Wait until a web service in an order answers by itself.
+        """Wait until a web service in the container of an order responds.
 
-        The public address of an order answers 502 until something in the container listens
-        (seconds to minutes after ``running``, seen on the live API). 502, 503, 504 and 520 to 530
-        count as no answer yet; each other status as an answer. Certificates are verified. Neither
-        the API key nor any other credentials are sent.
+        The public address of an order responds with 502 until something in the container listens
+        (seconds to minutes after ``running``, seen on the live API). The client waits while the
+        status is 502, 503, 504 or 520 to 530; any other status ends the wait. Certificates are
+        verified. Neither the API key nor any other credentials are sent.
 
         Parameters:
             order: a running order or its number.
-            path: the path to ask for.
+            path: the path to request.
             port: the port in the container. If the order has no public address for it, the request
                 goes over SSH, which needs paramiko. None: the order's public address.
             timeout: seconds to wait; ``float("inf")`` waits forever.
@@ -18789,10 +18844,10 @@ class CloreClient(HTTPClient):
             ssh, **login: as for :meth:`run`, where the request goes over SSH.
 
         Returns:
-            The status of the answer, for example 200, 302 or 401.
+            The status of the response, for example 200, 302 or 401.
 
         Raises:
-            WaitTimeoutError: there was no answer in time; ``reason`` has the last one.
+            WaitTimeoutError: the service did not respond in time; ``reason`` says why.
             CloreConnectionError: the certificate is not valid.
             SSHError: the login failed, or the connection broke.
 
@@ -18898,8 +18953,9 @@ class CloreClient(HTTPClient):
                 directory.
             preserve: keep permissions and times.
             verify: compare the SHA-256 of every file.
-            resume: continue an earlier transfer that failed. At most 5 % of what had arrived is
-                sent again (or 256 KB). If the size or time of the source has changed, start over.
+            resume: continue an earlier transfer that failed. At most 5 % of the received data
+                is sent again (or 256 KB). If the size or time of the source has changed, the
+                transfer starts over.
             symlinks: ``"skip"``, ``"copy"`` or ``"follow"``, as in the table.
             exclude: patterns as in ``.gitignore``, of what to leave out. Needs pathspec.
             skip_unchanged: True leaves out the files whose size and time, in whole seconds, are the
@@ -19020,7 +19076,7 @@ class CloreClient(HTTPClient):
     ) -> str:
         """Return the command that copies to the host with rsync, quoted for a shell.
 
-        It logs in as the line of :meth:`ssh_command` does, with the pinned host key.
+        It logs in as the command of :meth:`ssh_command` does, with the pinned host key.
 
         Parameters:
             order: a running order or its number.

@@ -1,9 +1,9 @@
-"""A hostile SSH server, and what it does to clients that come for files.
+"""Run hostile SSH servers for tests of commands and transfers.
 
-``HostileServer(run=...)`` is a real SSH server whose answer to a command is a coroutine of the
-test's: it gets the command and the process, and may write what it likes to ``process.stdout`` and
-``process.stderr``, read ``process.stdin`` (bytes, all of them), hang, and exit. ``RawServer`` is
-for what happens before there is SSH: endless banners, silence, another protocol.
+``HostileServer(run=...)`` is a real SSH server that runs a coroutine of the test for each command.
+The coroutine gets the command and the process. It can write to ``process.stdout`` and
+``process.stderr``, read ``process.stdin`` (all are bytes), hang, and exit. ``RawServer`` is for
+attacks before the SSH handshake: endless banners, silence, another protocol.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ ESCAPES = b"\x1b[2J\x1b]0;owned\x07\x9b31m"  # clears the screen, names the wind
 
 
 async def hang(command: str = "", process: Any = None) -> None:
-    """Answer nothing, ever."""
+    """Never respond."""
     await asyncio.Event().wait()
 
 
 class HostileServer:
-    """An SSH server for the length of a ``with`` block, in a thread with a loop of its own.
+    """An SSH server for the length of a ``with`` block, in a thread with its own event loop.
 
     Args:
-        run: answers exec requests (and a request for a shell, whose command is ``""``); may be
+        run: handles exec requests (and a request for a shell, whose command is ``""``); may be
             replaced at any time.
-        sftp: a factory as ``asyncssh.listen(sftp_factory=)`` takes it, called with the channel.
-        password: the only one that is let in, or None for any login.
-        hang_at: ``"auth"`` (the login gets no answer), ``"open"`` (no channel opens), ``"exec"``
-            (no command or subsystem is answered), or ``""``; may be replaced at any time.
-        banner: what is shown before the login.
-        options: further ones of ``asyncssh.listen``.
+        sftp: a factory as for ``asyncssh.listen(sftp_factory=)``, called with the channel.
+        password: the only password that is accepted, or None for any login.
+        hang_at: ``"auth"`` (no reply to the login), ``"open"`` (no reply to the opening of a
+            channel), ``"exec"`` (no reply to a command), or ``""``; may be replaced at any time.
+        banner: the text that is sent before the login.
+        options: other arguments of ``asyncssh.listen``.
 
     Attributes:
-        port, commands, passwords: where it listens, and what came, in order.
-        connections: how many logins were begun.
+        port: the port on which it listens.
+        commands, passwords: the received ones, in order.
+        connections: the number of logins, also of those that failed.
     """
 
     def __init__(
@@ -92,11 +93,11 @@ class HostileServer:
 
     @property
     def fingerprint(self) -> str:
-        """Of the host key, as ``SHA256:...``."""
+        """The fingerprint of the host key, as ``SHA256:...``."""
         return self._key.get_fingerprint()
 
     def restart(self, *, key_kind: str | None = "ssh-ed25519") -> None:
-        """Cut every connection and listen again on the same port; with the old key for None."""
+        """Close all connections, and listen again on the same port; None keeps the host key."""
         self._await(self._shut())
         if key_kind is not None:
             self._key = asyncssh.generate_private_key(key_kind)
@@ -193,14 +194,14 @@ class _Process(SSHServerProcess[bytes]):
         return self._answer(super().subsystem_requested(subsystem))
 
     def _answer(self, answer: bool) -> bool:
-        none: Any = None  # which asyncssh takes for an answer that comes later
+        none: Any = None  # with None, asyncssh sends no reply
         return none if self._hostile.hang_at == "exec" else answer
 
 
 class RawServer:
-    """A plain socket server: ``talk`` is called with each connection, in a thread of its own.
+    """A plain socket server: ``talk`` is called with each connection, in its own thread.
 
-    What it raises when the client has gone is dropped.
+    Exceptions after the client has closed the connection are ignored.
     """
 
     def __init__(self, talk: Callable[[socket.socket], None]) -> None:
@@ -245,14 +246,14 @@ class RawServer:
 
 
 def endless_banner(peer: socket.socket) -> None:
-    """Lines before the version, which SSH allows, without an end."""
+    """Send lines before the version, which SSH allows, without an end."""
     while True:
         peer.sendall(b"welcome to the machine\r\n" * 100)
         time.sleep(0.001)
 
 
 def endless_version(peer: socket.socket) -> None:
-    """A version line that never ends."""
+    """Send a version line that never ends."""
     peer.sendall(b"SSH-2.0-")
     while True:
         peer.sendall(b"A" * 4096)
@@ -260,26 +261,26 @@ def endless_version(peer: socket.socket) -> None:
 
 
 def escaping_version(peer: socket.socket) -> None:
-    """A version line for the terminal, and nothing after it."""
+    """Send a version line with terminal escapes, and nothing after it."""
     peer.sendall(b"SSH-1.0-" + ESCAPES + b"\r\n")
     peer.recv(1000)
 
 
 def silence(peer: socket.socket) -> None:
-    """A connection, and nothing else."""
+    """Accept a connection, and send nothing."""
     while peer.recv(1000):
         pass
 
 
-# --- what answers `scp -f` and `scp -t` ---
+# --- the remote side of `scp -f` and `scp -t` ---
 
 Step = bytes | Callable[[Any], Awaitable[None]]
 
 
 def scp_source(*steps: Step) -> Run:
-    """A server's scp that sends each of the ``steps`` when the client has acknowledged the last.
+    """Return an scp that sends each of the ``steps`` when the client has acknowledged the last.
 
-    A step is bytes, or a coroutine function that gets the process. It ends with exit code 0.
+    A step is bytes, or a coroutine function that gets the process. The exit code is 0.
     """
 
     async def run(command: str, process: Any) -> None:
@@ -294,9 +295,9 @@ def scp_source(*steps: Step) -> Run:
 
 
 def scp_sink(*answers: Step) -> Run:
-    """A server's scp that gives one of the ``answers`` to each thing that comes in.
+    """Return an scp that sends the ``answers``, one after the other.
 
-    To the start, to each record, and to each file's content.
+    It sends one at the start, one for each record, and one for the content of each file.
     """
 
     async def run(command: str, process: Any) -> None:
@@ -324,18 +325,18 @@ async def _take(step: Step, process: Any) -> None:
 
 
 async def stay_silent(process: Any) -> None:
-    """A step: nothing more comes, and the channel stays open."""
+    """A step: send nothing more, and keep the channel open."""
     await hang()
 
 
 async def leave(process: Any) -> None:
-    """A step: the channel is closed without an exit code."""
+    """A step: close the channel without an exit code."""
     process.channel.close()
     await hang()
 
 
 def then(*steps: Step) -> Step:
-    """Several steps as one, which wait for no acknowledgement between them."""
+    """Join several steps, without a wait for acknowledgements between them."""
 
     async def run(process: Any) -> None:
         for step in steps:
@@ -345,7 +346,7 @@ def then(*steps: Step) -> Step:
 
 
 def flood(piece: bytes) -> Step:
-    """A step: the same again and again, for as long as somebody takes it."""
+    """A step: send the same data repeatedly, until the client stops reading."""
 
     async def run(process: Any) -> None:
         while not process.channel.is_closing():
@@ -357,7 +358,7 @@ def flood(piece: bytes) -> Step:
 
 
 def complaint(text: bytes, exit_code: int) -> Step:
-    """A step: something on stderr, and an exit code."""
+    """A step: write to stderr, and send an exit code."""
 
     async def run(process: Any) -> None:
         process.stderr.write(text)
@@ -368,15 +369,15 @@ def complaint(text: bytes, exit_code: int) -> Step:
 
 
 class Attack:
-    """One thing that a hostile scp does to ``get()``.
+    """One attack of a hostile scp on ``get()``.
 
     Args:
-        steps: of ``scp_source``.
-        ask: what the client asks for; ``more`` are further arguments of ``get()``.
-        into: where to: ``"folder"`` (an existing one), ``"new"`` (a name in one), ``"file"``.
-        timeout: seconds of silence that the client bears; short where silence is the attack.
-        max_bytes: of the client.
-        received: what may be new in the target afterwards: files that came whole.
+        steps: the steps of ``scp_source``.
+        ask: the path that the client requests; ``more`` are other arguments of ``get()``.
+        into: the target: ``"folder"`` (an existing one), ``"new"`` (a name in one), ``"file"``.
+        timeout: seconds of silence that the client allows; short if the attack is silence.
+        max_bytes: the ``max_bytes`` of the client.
+        received: the complete files that may be in the target after the attack.
     """
 
     def __init__(
@@ -399,7 +400,7 @@ class Attack:
 
 
 def _files(*names: bytes) -> Iterator[tuple[str, Attack]]:
-    """A file of a name that no file may have, or that was not asked for: in each kind of target."""
+    """Send a file with an invalid or unrequested name, to each kind of target."""
     for name in names:
         steps = (b"C0644 5 " + name + b"\n", b"owned\0")
         folder = (b"D0755 0 x\n", *steps)

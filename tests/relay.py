@@ -1,4 +1,4 @@
-"""A proxy on this machine between a client and a server: slow, broken, or only counting."""
+"""Run a proxy between a client and a server that delays, breaks or only counts."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from queue import SimpleQueue
 from types import TracebackType
 
 PIECE = 65536  # bytes
-RESET = struct.pack("ii", 1, 0)  # for SO_LINGER: to close is to break off
+RESET = struct.pack("ii", 1, 0)  # for SO_LINGER: closing resets the connection
 
 
 class Relay:
-    """Forwards connections to a port of this machine.
+    """Forward connections to a port of this machine.
 
-    It has threads, and no event loop: a benchmark shares the CPU with it.
+    It uses threads and no event loop, which costs less CPU time beside a benchmark.
 
     Attributes:
-        port: where it listens.
-        carried: bytes that arrived, both ways.
-        most: how many connections it takes at once.
-        frozen: whether it drops what comes, as a dead link does.
-        cut_at: it breaks every connection once it has carried so many bytes.
+        port: the port on which it listens.
+        carried: the bytes that arrived, in both directions.
+        most: the maximum number of connections at once.
+        frozen: whether it drops all data, as a dead link does.
+        cut_at: after this number of bytes, it closes every connection.
     """
 
     def __init__(self, target: int, delay: float = 0.0) -> None:
@@ -63,7 +63,7 @@ class Relay:
         self._listener.close()
 
     def cut(self) -> None:
-        """Break every connection, and refuse new ones."""
+        """Close all connections, and refuse new ones."""
         with self._lock:
             if self._broken:
                 return
@@ -76,7 +76,7 @@ class Relay:
                     end.shutdown(socket.SHUT_RDWR)
 
     def mend(self) -> None:
-        """Take connections again."""
+        """Accept connections again."""
         with self._lock:
             self._broken = False
 
@@ -125,7 +125,7 @@ class Relay:
             thread.join()
 
     def _receive(self, source: socket.socket, waiting: SimpleQueue[tuple[float, bytes]]) -> None:
-        """Take what comes; what is on its way has no limit, as on a long line."""
+        """Read all data at once: the bytes in flight have no limit, as on a long link."""
         data = b" "
         while data:
             try:

@@ -1,4 +1,4 @@
-"""The system's own OpenSSH server on a port of this machine, for tests and benchmarks."""
+"""Run the OpenSSH server of this system on a local port, for tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any
 
 
 class Sshd:
-    """A running sshd that takes one key.
+    """A running sshd that accepts one key.
 
     Attributes:
-        port, key, user: where, with which private key, and as whom to log in.
-        folder: of its files.
+        port, key, user: the port, the private key and the user for the login.
+        folder: the folder of its files.
     """
 
     def __init__(self, folder: Path, port: int, options: str, home: str = "") -> None:
@@ -38,7 +38,7 @@ class Sshd:
         return {"order_id": order_id, "connection": {"ssh": ssh}, "status": "running", **more}
 
     def make_keys(self, kind: str = "ed25519") -> None:
-        """New keys of the host, as a container has that was started anew."""
+        """Generate new host keys, as a container that was created again has."""
         host_key = self.folder / "host_key"
         host_key.unlink(missing_ok=True)
         generate(host_key, kind)
@@ -54,7 +54,7 @@ class Sshd:
             f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.folder}/host_key\n"
             f"PidFile none\nAuthorizedKeysFile {self.key}.pub\nStrictModes no\nUsePAM no\n"
             f"PermitRootLogin yes\nMaxStartups 100\n"
-            # What the user's own shell reads at its start is none of ours, and can take long.
+            # The user's own start-up files do not belong to the test, and can be slow.
             f"SetEnv HOME={self.home}\nSubsystem sftp internal-sftp\n{self.options}\n"
         )
         with open(self.folder / "log", "ab") as log:
@@ -74,7 +74,7 @@ class Sshd:
 
 
 def generate(path: Path, kind: str = "ed25519", passphrase: str = "") -> None:
-    """A key of OpenSSH's making."""
+    """Generate a key with ssh-keygen."""
     command = ["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-f", str(path)]
     subprocess.run(command, check=True)
 
@@ -105,7 +105,7 @@ def running_sshd(
 
 
 class Dropbear:
-    """A running dropbear that takes one key, of a user with root's number; needs root."""
+    """A running dropbear that accepts one key, for a user with uid 0; needs root."""
 
     def __init__(self, folder: Path, command: str = "") -> None:
         self.folder = folder
@@ -152,7 +152,7 @@ class Dropbear:
 
 
 def _while_locked(command: list[Any]) -> None:
-    """Change the users of this system, which another test may be doing, too."""
+    """Change the users of this system; other tests may do that at the same time."""
     deadline = time.monotonic() + 30
     while subprocess.run(command, capture_output=True).returncode in (1, 10):
         assert time.monotonic() < deadline, command

@@ -41,7 +41,7 @@ def test_wallets(any_sim: Simulator, any_client: CloreClient) -> None:
     assert any_client.get_balance() == any_client.get_balance("clore") == wallets[1]["balance"]
     assert any_client.get_balance("BTC") == any_client.get_balance("itco") == wallets[0]["balance"]
     assert any_client.get_balance("usd") == 100.0
-    with pytest.raises(ValueError, match=r"'doge' is no currency .* 'CLORE-Blockchain'"):
+    with pytest.raises(ValueError, match=r"'doge' is neither a currency .* 'CLORE-Blockchain'"):
         any_client.get_balance("doge")
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.internal  # the examples use the one file anyway
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-# The examples use the client's own defaults, so the simulator's limits may be what they like.
+# The examples use the client's default limits, so the simulator can have any limits.
 EASY = {"ssh": True, "rate_limit": 0.5, "create_order_interval": 0.5, "servers": 200}
 
 
@@ -39,7 +39,7 @@ def run(sim: Simulator, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def section(heading: str) -> str:
-    """Return what the README has under a heading."""
+    """Return the section of the README with a heading."""
     return README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
 
 
@@ -53,7 +53,7 @@ ORDER = 'order = client.get_orders()[0]\norder["ssh_password"] = "my-password"\n
 
 
 def complete(code: str) -> str:
-    """Return a block of the README with what it takes for granted."""
+    """Return a block of the README with the setup that it needs."""
     head = "" if "CloreClient(" in code else CLIENT
     return head + (ORDER if "(order" in code and "order = " not in code else "") + code
 

@@ -94,7 +94,7 @@ def fitting(client: CloreClient, rng: random.Random, closed_port: int) -> dict[s
         "connection": {"ssh": f"ssh root@127.0.0.1 -p {closed_port}", "http_ports": {}},
     }
     login = {"wait": 0, "timeout": 0.5, "password": "secret"}
-    machine = {"order": order, **login}
+    ssh_login = {"order": order, **login}
     search = {"gpu_type": "RTX 4090", "max_price_usd": 1.0, "min_reliability": 90.0}
     rental = {"server_id": server_id, "image": "x", "currency": "CLORE", "ports": {"22": "tcp"}}
     return {
@@ -106,11 +106,11 @@ def fitting(client: CloreClient, rng: random.Random, closed_port: int) -> dict[s
         "cancel_overdue": {"cancel_timeout": 0.02},
         "cancel_orders": {"order_ids": [order_id, 7]},
         "close": {},
-        "connect_ssh": machine,
+        "connect_ssh": ssh_login,
         "create_order": {**rental, "order_type": "on-demand", "env": {"A": "b"},
                          "ssh_password": "x", "find_timeout": 0.5},
         "describe": {},
-        "download": {**machine, "remote": "x", "local": "here"},
+        "download": {**ssh_login, "remote": "x", "local": "here"},
         "estimate_cost": {"server": server_id, "hours": 2.5, "currency": "USD"},
         "find_cheapest": search,
         "find_servers": search,
@@ -127,8 +127,8 @@ def fitting(client: CloreClient, rng: random.Random, closed_port: int) -> dict[s
         "gpu_models": {"cache_seconds": 0},
         "handle_signals": {},
         "host_history": {},
-        "job": {**machine, "name": "train"},
-        "jobs": machine,
+        "job": {**ssh_login, "name": "train"},
+        "jobs": ssh_login,
         "hours_left": {"server_or_order": order_id, "currency": "USD"},
         "leftovers": {"wait": 0},
         "lower_spot_price": {"order": order_id, "target": 0.2, "wait": False},
@@ -139,19 +139,19 @@ def fitting(client: CloreClient, rng: random.Random, closed_port: int) -> dict[s
                  "max_hours": 1},
         "rent_many": {**{k: v for k, v in {**search, **rental}.items() if k != "server_id"},
                       "count": 2, "attempts": 1, "deploy_timeout": 0.02, "poll_interval": 0.01},
-        "run": {**machine, "command": "true"},
+        "run": {**ssh_login, "command": "true"},
         "rsync_command": {"order": order, "local": __file__, "remote": "x"},
         "scp": {"order": order, **login},
         "set_spot_price": {"order_id": order_id, "new_price": 0.2},
-        "shell": machine,
+        "shell": ssh_login,
         "ssh_command": {"order": order},
         "ssh_config": {"order": order, "name": "gpu"},
-        "start": {**machine, "command": "true", "name": "train", "env": {"A": "b"}, "cwd": "x"},
+        "start": {**ssh_login, "command": "true", "name": "train", "env": {"A": "b"}, "cwd": "x"},
         "suggest_spot_price": {"server": server_id, "margin": 0.1},
-        "upload": {**machine, "local": __file__, "remote": "x"},
+        "upload": {**ssh_login, "local": __file__, "remote": "x"},
         "wait_for_http": {"order": order, "path": "/", "port": 80, **login},
         "wait_for_order": {"order_id": order_id, "timeout": 0.02, "poll_interval": 0.01},
-        "wait_for_ssh": machine,
+        "wait_for_ssh": ssh_login,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Progress: events of what takes long, and where they are shown."""
+"""Progress: the events of long calls, and where they are shown."""
 
 from __future__ import annotations
 

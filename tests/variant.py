@@ -1,4 +1,4 @@
-"""Where the tests find the simulator and the client's inside, in each of its two forms."""
+"""Find the simulator and the private names of the client, for the package or the one file."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import clore_client
 
-# The tests of public behaviour run twice: against the package, and against the one file. Beside a
-# clore_client.py the name is no package, and the simulator goes by another one.
+# The tests of public behavior run twice: against the package, and against the one file. With the
+# one file, clore_client is not a package, and the simulator has another name.
 ONE_FILE = not hasattr(clore_client, "__path__")
 
 if TYPE_CHECKING:

@@ -68,7 +68,7 @@ class Rules:
     Attributes:
         needs_key: whether it needs an API key.
         repeatable: whether sending it twice does no harm.
-        urgent: whether it goes first, as it costs money while it waits.
+        urgent: whether it is sent before other requests, because waiting costs money.
         spaced: whether it has a longer interval, ``create_order_interval``.
         logged: whether it starts or stops costs.
     """
@@ -103,7 +103,7 @@ def rules_for(method: str, name: str) -> Rules:
 
 
 class Call:
-    """An API call: its request, ready to be sent, and the rules for its retries.
+    """Prepare an API call: check its arguments, build its request, find the rules for its retries.
 
     Parameters:
         session: prepares the request.
@@ -117,7 +117,7 @@ class Call:
         settings: the arguments of ``Session.send``.
         key: the API key, or an empty string.
         secrets: the strings that no error may show.
-        lists_servers: whether to leave the servers in the response in JSON, if possible.
+        lists_servers: whether to keep the servers in the response as JSON text, if possible.
 
     Raises:
         AuthenticationError: the endpoint needs a key, and there is none.
@@ -174,7 +174,7 @@ class Call:
         if self.name == "create_order":
             return OrderOutcomeUnknownError(
                 f"create_order was sent but got no clear response ({cause}): the order may or may "
-                "not exist. It was not sent again. Look at get_orders() now and again in a minute, "
+                "not exist. It was not sent again. Check get_orders() now and again in a minute, "
                 "before you order again",
                 endpoint=self.endpoint,
             )

@@ -59,8 +59,8 @@ class Exchange(threading.local):
         try:
             yield
         finally:
-            # Called after the write: a thread that pauses in between would send too late, and so
-            # too close to the next request.
+            # Called after the write: if the thread was paused before it, the request was sent late,
+            # and the next one must wait longer.
             self._on_sent()
 
 
@@ -182,7 +182,7 @@ class Session(requests.Session):
 
 
 class Sessions:
-    """Keep the sessions of a client. Each request has a session for itself.
+    """Keep the sessions of a client. Each request uses a session of its own.
 
     A session whose request is interrupted is not used again, as its state and its locks are not
     known.

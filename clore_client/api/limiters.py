@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LIMIT_PREFIX = "rate-limit-"
 SCHEDULE_FORMAT = "json-1"
 LONGEST_SCHEDULE = 100_000  # bytes
-LIMIT_LOCK_PATIENCE = 0.5  # seconds; others lock the file for microseconds
+LIMIT_LOCK_PATIENCE = 0.5  # seconds; other processes lock the file for microseconds
 UNUSED_AFTER = 86_400.0  # seconds after which the file of a key is removed
 NUMBERS = ("last", "interval", "surplus", "gap", "paused_until")
 LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
@@ -52,11 +52,11 @@ class FileStore:
 
     @property
     def level(self) -> str:
-        """Who shares the schedule."""
+        """Describe who shares the schedule."""
         return f"among all processes on this machine, by {self._path}"
 
     def apply(self, step: str, turn: Turn) -> Any:
-        """Make one step."""
+        """Run one step of the schedule."""
         try:
             with self._lock:
                 handle, created = open_private(self._path)
@@ -89,8 +89,8 @@ class FileStore:
 def limit_name(account: str) -> str:
     """Return the name of the file for an account.
 
-    It differs by machine and boot, because the clocks differ and machines may share the folder; and
-    by format, because other versions of this client take a file that they can't read for damaged.
+    It differs by machine and boot, because the clocks differ and machines may share the folder. It
+    also differs by format, because a version of this client treats another format as damaged.
     """
     boot = read_line("/proc/sys/kernel/random/boot_id") or socket.gethostname()
     return (
@@ -105,10 +105,10 @@ def dump(schedule: Schedule) -> bytes:
 
 
 def load(text: bytes, now: float) -> Schedule:
-    """Return the schedule in a text.
+    """Parse a schedule.
 
-    If the text is damaged, the schedule is a new one, in which the first request waits for an
-    interval, because another one may just have been sent.
+    If the text is damaged, return a new schedule, in which the first request waits for one
+    interval, because another request may just have been sent.
     """
     schedule = Schedule()
     if not text:
@@ -160,18 +160,18 @@ class FallbackStore:
 
     @property
     def level(self) -> str:
-        """Who shares the schedule now, and since when it is not the first store."""
+        """Describe who shares the schedule now, and for how long the first store has failed."""
         failed_at = self._failed_at
         if failed_at is None:
             return self._first.level
         seconds = time.monotonic() - failed_at
-        return f"{self._second.level} (since {seconds:.0f} s, because {self._failure})"
+        return f"{self._second.level} (for {seconds:.0f} s, because {self._failure})"
 
     def apply(self, step: str, turn: Turn) -> Any:
-        """Make one step."""
+        """Run one step of the schedule."""
         if self._failed_at is not None and time.monotonic() < self._next_try:
             return self._second.apply(step, turn)
-        # If it takes time to fail again, other threads do not wait for it.
+        # Set before the try, which can be slow: other threads then use the second store.
         self._next_try = time.monotonic() + TRY_AGAIN
         try:
             result = self._first.apply(step, turn)

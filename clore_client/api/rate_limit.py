@@ -10,21 +10,22 @@ import threading
 import time
 from typing import Any, Protocol
 
-LONGEST_SLEEP = 0.5  # seconds after which a waiting request looks at the schedule again
+LONGEST_SLEEP = 0.5  # seconds after which a waiting request polls the schedule again
 RECENT = 20  # how many of the last responses are counted for the error message
-YIELD_CHANCE = 0.3  # how many of the requests keep the surplus behind them
-# Parts of the interval, unless they say otherwise. The script for Redis gets them, too.
+YIELD_CHANCE = 0.3  # the fraction of requests that leave the surplus after them
+# Fractions of the interval, unless a comment gives another unit. The Redis script uses them too.
 PACE = {
     "lead": 0.05,  # how long before its send time a request gets it: a slow store costs no time
     "late": 0.005,  # a request that is sent up to this much late needs no report
     "grace": 0.125,  # how long a request waits for each one ahead of it in the queue
     "longest_grace": 1.0,
-    # After a refusal, other programs use the key, too. Some requests then leave more space behind
-    # them: programs that send several requests in a row waste less than ones that alternate.
+    # A refusal means that other programs use the key too. Some requests then leave a longer gap
+    # after them, so that the programs take turns of several requests, which wastes less time than
+    # a change after every request.
     "jitter": 0.3,  # a retry comes up to this much later than the interval
-    "slow_down": 0.2,  # each refusal adds this to the space behind a request
+    "slow_down": 0.2,  # each refusal adds this to the gap after a request
     "widest": 4.0,
-    "speed_up": 0.1,  # a call without a refusal reduces that space by this fraction
+    "speed_up": 0.1,  # a call without a refusal reduces that gap by this fraction
     "longest_pause": 3600.0,  # seconds; a broken proxy may ask for a pause of any length
 }
 
@@ -46,21 +47,21 @@ class DeadlinePassedError(Exception):
 
 
 class Turn:
-    """The place of one call in the queue, which it keeps for its retries.
+    """Hold the place of one call in the queue, also for its retries.
 
     All times are monotonic, in seconds.
 
     Attributes:
-        interval: seconds from the request before, and to the one after.
-        urgent: whether it goes first, and ignores the pause that the API asks for.
-        spacing: an endpoint with a longer interval, and its seconds.
+        interval: seconds to the previous request, and to the next one.
+        urgent: whether it is sent before others, and ignores the pause that the API asks for.
+        spacing: an endpoint with a longer interval, and that interval in seconds.
         patience: the longest pause that it waits for, in seconds.
         deadline, not_before: when it must, and when it may be sent.
         sent_at: when it was sent, or else its send time.
-        grant_ends: when its send time is void, because another request may get the next one.
-        refusals: how many times the API refused it for the rate limit.
+        grant_ends: when its send time expires; another request may get the next send time then.
+        refusals: how many times the API refused it because of the rate limit.
         retry_after: seconds that the last refusal asked it to wait.
-        slowed: whether earlier refusals still widen the space between requests.
+        slowed: whether earlier refusals still widen the gaps between requests.
     """
 
     def __init__(
@@ -86,29 +87,29 @@ class Turn:
 
     @property
     def rank(self) -> int:
-        """0 for urgent requests, which go first, else 1."""
+        """0 for urgent requests, which are sent first, else 1."""
         return 0 if self.urgent else 1
 
 
 def entry_lifetime(turn: Turn) -> float:
-    """Return the seconds after which a request that has not looked again counts as dead."""
+    """Return the seconds after which a request that has stopped polling counts as dead."""
     return 2 * (LONGEST_SLEEP + turn.interval)
 
 
 def random_gap() -> float:
-    """Return the part of the surplus that a request keeps behind it: all or nothing."""
+    """Return the fraction of the surplus that a request leaves after it: 0.0 or 1.0."""
     return 1.0 if random.random() < YIELD_CHANCE else 0.0
 
 
 # Not a named tuple: creating one makes the import slower.
-class Look:
-    """The answer to a waiting request that looks at the schedule.
+class PollResult:
+    """The result when a waiting request polls the schedule.
 
     Attributes:
         granted: whether it got a send time.
-        at: its send time if it got one, else the time of its next look (monotonic).
+        at: its send time if it got one, else the time of its next poll (monotonic).
         paused: seconds that are left of the pause that the API asked for.
-        slowed: whether refusals widen the space between requests.
+        slowed: whether refusals widen the gaps between requests.
         too_late: whether it can't be sent before its deadline.
     """
 
@@ -125,23 +126,23 @@ class Schedule:
     Each method is one step on plain numbers, which can be kept in memory, in a file, or in Redis
     (``redis_limit.py`` has the same steps in Lua).
 
-    The first request of the queue looks when the next request may be sent, the second a little
-    later, and so on. Each gets the send time if none before it has. So a dead process costs at most
-    one interval, and no request has to look more than about once per interval.
+    The first request in the queue polls when the next request may be sent, the second one a little
+    later, and so on. The first of them that polls gets the send time. So a dead process delays the
+    others by one interval at most, and each request polls about once per interval.
     """
 
     def __init__(self) -> None:
         self.last = 0.0  # when the last request was sent, or may be sent
         self.interval = 0.0  # seconds to keep after it
-        self.surplus = 0.0  # seconds by which refusals widen the space behind some requests
-        self.gap = 0.0  # seconds by which they widen it behind the last one
+        self.surplus = 0.0  # seconds by which refusals widen the gap after some requests
+        self.gap = 0.0  # seconds by which they widen it after the last request
         self.paused_until = 0.0
         self.spaced: dict[str, list[float]] = {}  # name -> [when the last was sent, seconds]
         # id of a turn -> [rank, arrival, when it may be sent at the earliest, when it expires]
         self.waiting: dict[str, list[float]] = {}
 
-    def look(self, turn: Turn, now: float) -> Look:
-        """Grant a send time, or return when to look again."""
+    def poll(self, turn: Turn, now: float) -> PollResult:
+        """Grant a send time, or return when to poll again."""
         self._correct(now)
         own = self._own_ready(turn)
         ready = self._ready(turn, own)
@@ -149,20 +150,20 @@ class Schedule:
         self.waiting = {i: entry for i, entry in self.waiting.items() if entry[3] > now}
         self.waiting.pop(turn.id, None)
         if paused > turn.patience or max(ready, now) > turn.deadline:
-            return Look(False, now, paused, too_late=True)
+            return PollResult(False, now, paused, too_late=True)
         mine = [turn.rank, turn.arrived]
         ahead = [i for i, entry in self.waiting.items() if entry[:2] < mine and entry[2] <= ready]
         grace = min(PACE["grace"] * len(ahead), PACE["longest_grace"]) * turn.interval
         at = ready - PACE["lead"] * turn.interval + grace
         if at > now:
             self.waiting[turn.id] = [*mine, own, now + entry_lifetime(turn)]
-            return Look(False, at, paused, self.surplus > 0)
-        for late in ahead:  # dead, or slow: then it comes back
+            return PollResult(False, at, paused, self.surplus > 0)
+        for late in ahead:  # a dead request, or a slow one, which will poll again
             del self.waiting[late]
         send_time = max(ready, now)
         self._record(turn, send_time + PACE["late"] * turn.interval)
         self.gap = self.surplus * random_gap()
-        return Look(True, send_time, paused, self.surplus > 0)
+        return PollResult(True, send_time, paused, self.surplus > 0)
 
     def sent(self, turn: Turn, now: float) -> None:
         """Record that a request is sent later than its send time."""
@@ -184,7 +185,7 @@ class Schedule:
             self.surplus = 0.0
 
     def _correct(self, now: float) -> None:
-        """Correct times in the far future, which are there after the clock was set back."""
+        """Correct times that are far in the future because the clock was set back."""
         self.last = min(self.last, now + self.interval)
         self.paused_until = min(self.paused_until, now + PACE["longest_pause"])
         for entry in self.spaced.values():
@@ -216,10 +217,10 @@ class Store(Protocol):
 
     @property
     def level(self) -> str:
-        """Who shares the schedule, for ``client.describe()``."""
+        """Describe who shares the schedule, for ``client.describe()``."""
 
     def apply(self, step: str, turn: Turn) -> Any:
-        """Make one step of :class:`Schedule`, given by its name, and return its result.
+        """Run one step of :class:`Schedule`, given by its name, and return its result.
 
         Raises:
             StoreUnavailableError: that is not possible now.
@@ -236,7 +237,7 @@ class ProcessStore:
         self._schedule = Schedule()
 
     def apply(self, step: str, turn: Turn) -> Any:
-        """Make one step."""
+        """Run one step of the schedule."""
         with self._lock:
             return getattr(self._schedule, step)(turn, time.monotonic())
 
@@ -260,12 +261,12 @@ class RateLimiter:
 
     @property
     def level(self) -> str:
-        """Who shares the rate limit."""
+        """Describe who shares the rate limit."""
         return self._store.level
 
     @property
     def recently_refused(self) -> tuple[int, int]:
-        """How many of the last requests the API refused for the rate limit, and of how many."""
+        """(refused, total): how many of the last requests hit the API's rate limit."""
         return sum(self._refusals), len(self._refusals)
 
     def wait(self, turn: Turn, deadline: float = math.inf) -> None:
@@ -277,19 +278,19 @@ class RateLimiter:
         """
         turn.deadline = deadline
         while True:
-            look: Look = self._store.apply("look", turn)
-            turn.slowed = look.slowed
-            if look.paused > turn.patience:
-                raise PauseTooLongError(look.paused)
-            if look.too_late:
+            result: PollResult = self._store.apply("poll", turn)
+            turn.slowed = result.slowed
+            if result.paused > turn.patience:
+                raise PauseTooLongError(result.paused)
+            if result.too_late:
                 raise DeadlinePassedError
             now = time.monotonic()
-            if look.granted:
-                turn.sent_at = look.at
-                turn.grant_ends = look.at + (1 - PACE["lead"]) * turn.interval
-                _sleep(look.at - now)
+            if result.granted:
+                turn.sent_at = result.at
+                turn.grant_ends = result.at + (1 - PACE["lead"]) * turn.interval
+                _sleep(result.at - now)
                 return
-            _sleep(min(look.at - now, LONGEST_SLEEP, deadline - now))
+            _sleep(min(result.at - now, LONGEST_SLEEP, deadline - now))
 
     def before_send(self, turn: Turn, deadline: float = math.inf) -> None:
         """Record that the request is about to be sent. Wait again if its send time is void."""

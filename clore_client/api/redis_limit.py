@@ -10,20 +10,20 @@ from typing import Any, NamedTuple, Protocol
 
 from clore_client.api.rate_limit import (
     PACE,
-    Look,
+    PollResult,
     StoreUnavailableError,
     Turn,
     entry_lifetime,
     random_gap,
 )
-from clore_client.errors import ConfigurationError, Secret, printable, without
+from clore_client.errors import ConfigurationError, Secret, printable, redact
 
 REDIS_TIMEOUT = 0.5  # seconds to connect, and for one reply
 REDIS_EXPIRY = 86_400  # seconds after which Redis forgets a key that nobody uses
 FOREVER = 1e9  # seconds; JSON has no infinity
 
-# The steps of the class Schedule, by the clock of the server. All times in ``turn`` count from now.
-# A missing schedule may have been lost a moment ago, so the first request waits for an interval.
+# The steps of the class Schedule, by the clock of the Redis server. Times in ``turn`` are relative
+# to now. A missing schedule may just have been lost, so the first request waits for one interval.
 REDIS_SCRIPT = """
 local step, turn, rules = ARGV[1], cjson.decode(ARGV[2]), cjson.decode(ARGV[3])
 local time = redis.call('TIME')
@@ -42,7 +42,7 @@ local function record(moment)
   if turn.name then s.spaced[turn.name] = {moment, turn.spacing} end
 end
 
-local function look()
+local function poll()
   local own = now + turn.not_before
   local before = turn.name and s.spaced[turn.name]
   if before then
@@ -80,8 +80,8 @@ local function look()
   s.gap = s.surplus * turn.gap
 end
 
-if step == 'look' then
-  look()
+if step == 'poll' then
+  poll()
 elseif step == 'sent' then
   record(math.max(s.last, now - turn.sent))
 elseif step == 'refused' then
@@ -104,14 +104,14 @@ REDIS_RULES = json.dumps({**PACE, "expiry": REDIS_EXPIRY})
 
 
 class RedisClient(Protocol):
-    """The part of a client such as ``redis.Redis`` that is used."""
+    """List the methods of a client such as ``redis.Redis`` that are used."""
 
     def eval(self, script: str, numkeys: int, /, *keys_and_args: Any) -> Any:
         """Run a Lua script on the server."""
 
 
 class RedisServer(NamedTuple):
-    """A Redis client, the name of its server in texts, and what must be in no text."""
+    """A Redis client, the name of its server for messages, and the secrets to mask in them."""
 
     client: RedisClient
     name: str
@@ -183,28 +183,28 @@ class RedisStore:
 
     @property
     def level(self) -> str:
-        """Who shares the schedule."""
+        """Describe who shares the schedule."""
         return f"among all machines, by Redis at {self._server.name}"
 
-    def apply(self, step: str, turn: Turn) -> Look:
-        """Run one step in Redis. Only the result of ``look`` is used."""
+    def apply(self, step: str, turn: Turn) -> PollResult:
+        """Run one step in Redis. Only the result of ``poll`` is used."""
         numbers = _numbers(turn, time.monotonic())
         try:
             reply = self._server.client.eval(REDIS_SCRIPT, 1, self._key, step, numbers, REDIS_RULES)
             granted, seconds, paused, slowed, too_late = map(float, reply)
             if not math.isfinite(seconds) or (granted and seconds > turn.interval):
-                raise ValueError("an impossible reply")
-        except Exception as error:  # those of a client that the user passed may be of any class
-            text = without(f"{type(error).__name__}: {error}", self._server.secrets)
+                raise ValueError("the reply is not valid")
+        except Exception as error:  # a client that the user passed may raise any class
+            text = redact(f"{type(error).__name__}: {error}", self._server.secrets)
             raise StoreUnavailableError(
                 f"Redis at {self._server.name} can't be used: {printable(text, 200)}"
             ) from None
         at = time.monotonic() + seconds
-        return Look(bool(granted), at, paused, bool(slowed), bool(too_late))
+        return PollResult(bool(granted), at, paused, bool(slowed), bool(too_late))
 
 
 def _numbers(turn: Turn, now: float) -> str:
-    """Return what the script needs to know of a turn, as JSON."""
+    """Return the fields of a turn that the script needs, as JSON."""
     numbers: dict[str, Any] = {
         "id": turn.id,
         "rank": turn.rank,

@@ -1,4 +1,4 @@
-"""Make API calls: send a request, respect the rate limit, retry, return a response or an error."""
+"""Make API calls: respect the rate limit, send the request, retry, return a response or raise."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Limits:
 
     Attributes:
         deadline: monotonic time by which every request must have ended.
-        urgent: whether requests go first, and ignore the pause that the server asks for.
+        urgent: whether requests are sent before others, and ignore the server's pauses.
         once: whether a request that fails is not sent again.
     """
 

@@ -29,7 +29,7 @@ from clore_client.errors import (
     api_error,
     error_text,
     printable,
-    without,
+    redact,
 )
 from clore_client.models.record import RawRecords
 
@@ -74,7 +74,7 @@ def action_for(problem: str, repeatable: bool) -> str:
 
 
 def problem_of(status: int, decoded: Any, code: int | None) -> str:
-    """Return why a request failed that got a response.
+    """Return why a request with a response failed.
 
     Parameters:
         status: the HTTP status.
@@ -118,7 +118,7 @@ class Failure:
 
     @property
     def rate_limited(self) -> bool:
-        """Whether the API refused it for the rate limit."""
+        """Whether the API refused it because of the rate limit."""
         return self.problem == RATE_LIMITED
 
 
@@ -126,7 +126,7 @@ def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str
     """Return the start of an HTML or text body on one line, without tags and secrets."""
     import html  # slow to import, and only errors need it
 
-    text = without(body[:100_000].decode("utf-8", "replace"), secrets)[:4000]
+    text = redact(body[:100_000].decode("utf-8", "replace"), secrets)[:4000]
     text = re.sub(r"(?is)<(script|style|head)\b.*?</\1\s*>", " ", text)
     text = html.unescape(re.sub(r"<[^<>]*>?", " ", text))
     return printable(" ".join(text.split()), limit)
@@ -150,7 +150,7 @@ def classify_error(call: Call, error: Exception, sent_at: float | None) -> Failu
         sent_at: monotonic time at which the request was sent; None if it was not.
     """
     reason = re.sub(r"^<?_?\w*(Connection|Pool)\(.*?\)[^:]*: ", "", str(reason_of(error)))
-    cause = printable(without(f"{type(error).__name__}: {reason}", call.secrets), 300)
+    cause = printable(redact(f"{type(error).__name__}: {reason}", call.secrets), 300)
     unsent = never_sent(error, sent_at is not None)
     failed = CloreConnectionError(cause) if unsent else call.lost(cause)
     failed.sent_at = None if unsent else sent_at
@@ -162,7 +162,7 @@ def classify_error(call: Call, error: Exception, sent_at: float | None) -> Failu
 
 
 def classify_unusable(call: Call, response: requests.Response | None, reason: str) -> Failure:
-    """Classify a response that can't be read to its end. A retry would get the same again."""
+    """Classify a response that can't be read to its end. A retry would fail in the same way."""
     status = 0 if response is None else response.status_code
     about = _about(call, status)
     error = InvalidResponseError(-1, f"HTTP {status}: {reason}", retryable=False, **about)
@@ -225,12 +225,12 @@ def _describe(
 
 
 def _redirect_target(response: requests.Response) -> str:
-    # Only the host: the rest may have a token.
+    # Show only the host, because the rest of the URL may contain a token.
     try:
         host = urlsplit(response.headers.get("Location", "")).hostname
     except ValueError:
         host = None
-    return f"host {printable(host, 100)}" if host else "nowhere"
+    return f"host {printable(host, 100)}" if host else "an unknown host"
 
 
 @functools.cache
@@ -276,12 +276,12 @@ def decode_servers(body: bytes) -> Any:
 class Retries:
     """Count the failed requests of one call.
 
-    Failures count against ``max_retries``. Refusals for the rate limit have a time limit instead.
+    Failures count against ``max_retries``. Refusals because of the rate limit have a time limit.
 
     Attributes:
         sends: how many times the request was sent and failed.
-        failures: how many of these failed for another reason than the rate limit.
-        refusals: how many of these the API refused for the rate limit.
+        failures: how many of these failed for a reason other than the rate limit.
+        refusals: how many of these the API refused because of the rate limit.
     """
 
     def __init__(self, call: Call, max_retries: int, patience: float) -> None:
@@ -294,7 +294,7 @@ class Retries:
 
     @property
     def patience_left(self) -> float:
-        """The seconds for which the call may still be refused for the rate limit."""
+        """The seconds for which refusals because of the rate limit are still retried."""
         if self._refused_at is None:
             return self._patience
         return max(0.0, self._refused_at + self._patience - time.monotonic())
@@ -317,8 +317,8 @@ class Retries:
 
         Parameters:
             failure: the last failure.
-            recently_refused: how many of the last requests with this key the API refused for the
-                rate limit, and of how many.
+            recently_refused: (refused, total): how many of the last requests with this key the API
+                refused because of the rate limit.
         """
         if not failure.again:
             raise failure.error
@@ -332,14 +332,14 @@ class Retries:
             refused, total = recently_refused
             if refused > 1:
                 error.args = (
-                    f"{error}\n{refused} of the last {total} requests were refused for the rate "
-                    "limit: other programs use this key. Stop them, share the rate limit with them "
+                    f"{error}\n{refused} of the last {total} requests hit the API's rate limit: "
+                    "other programs use this key. Stop them, share the rate limit with them "
                     "(rate_limiter='redis://...'), or allow more time with rate_limit_wait=",
                 )
             raise error
 
     def not_sent(self, reason: DeadlinePassedError | PauseTooLongError) -> CloreError:
-        """Return the error for a request that could not be sent, or not again."""
+        """Return the error for a request that could not be sent, or could not be retried."""
         pause = reason.seconds if isinstance(reason, PauseTooLongError) else None
         if self._last is not None:
             error = self._last.error

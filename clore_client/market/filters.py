@@ -126,7 +126,7 @@ def _suggestion(name: str, method: Callable[..., Any] | None) -> str:
     names = list(dict.fromkeys([*own, *_CHECKS]))
     names = [known for known in names if known != "filters"]
     close = difflib.get_close_matches(name, names, 1)
-    # A limit for one GPU is looser, so it must not be what a plain max_price becomes.
+    # Do not suggest max_price_per_gpu_usd for max_price: it would allow higher prices.
     if name.startswith("max_price") and "gpu" not in name and "max_price_usd" in names:
         close = ["max_price_usd"]
     return f": did you mean {close[0]}?" if close else f"; there are {', '.join(names)}"

@@ -35,7 +35,7 @@ LOGIN_OUTCOMES = {"unreachable": "no sshd", "refused": "login refused"}
 
 
 class Requester(Protocol):
-    """The parts of ``CloreClient`` that the marketplace uses."""
+    """List the parts of ``CloreClient`` that the marketplace uses."""
 
     @property
     def base_url(self) -> str: ...
@@ -52,8 +52,8 @@ class MarketData:
     """Remember the form, the exchange rates and the listed prices of one API.
 
     Attributes:
-        kept: the last list of servers and the monotonic time of its reading, if a search may use
-            it again.
+        kept: the last list of servers, and the monotonic time at which it was read, if a search
+            may use it again.
     """
 
     def __init__(self) -> None:

@@ -93,8 +93,8 @@ class Search:
 
     Attributes:
         fee: the published fee as a fraction of the price.
-        currency: the API's name of the currency whose price counts; None for the price that the
-            reference page names.
+        currency: the API's name of the currency whose price counts; None for the price of the
+            documented form.
         server_id: if set, no other server fits.
         models: after :meth:`run`, the GPU names that count; None for all.
     """

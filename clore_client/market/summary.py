@@ -160,7 +160,7 @@ def account_fees(
     """Return the renter's fee as a fraction of the price, and the creation fee in USD.
 
     Parameters:
-        response: the response to ``renter_fees``; the published fees replace what it lacks.
+        response: the response to ``renter_fees``; published fees replace missing ones.
         spot, currency: the kind of the order.
         rate: USD for one unit of the currency.
     """

@@ -87,7 +87,7 @@ def cell_text(text: str | None, widest: int = MAX_WIDTH) -> str:
 
 
 def cells_of(records: Sequence[Any], columns: Sequence[Column]) -> list[tuple[Column, list[str]]]:
-    """Return each column with its cells, without the columns that have no text at all."""
+    """Return each column with its cells, without the columns that are empty."""
     filled = [(c, [cell_text(c.text(record), c.widest) for record in records]) for c in columns]
     return [(column, cells) for column, cells in filled if any(cells)]
 
@@ -374,7 +374,7 @@ class WalletList(Listing[Wallet]):
 
 # --- the plot of prices ---
 
-# One for each of the most frequent models.
+# One color for each of the most frequent models.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#9467bd",
           "#a0a000", "#17becf")  # fmt: skip
 OTHER_COLOR = "#c0c0c0"
@@ -418,7 +418,7 @@ def plot_server_prices(servers: Iterable[Server], path: str | os.PathLike[str] |
         path: a picture file to write; with None, pyplot shows the plot.
 
     Returns:
-        The ``matplotlib.axes.Axes``. A notebook would show a figure twice.
+        The ``matplotlib.axes.Axes``, and not the figure, which a notebook would show twice.
 
     Raises:
         ImportError: matplotlib is not installed.

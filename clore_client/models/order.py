@@ -286,7 +286,7 @@ def to_order(
 
 
 def set_listed_price(order: Order, usd_per_hour: float) -> None:
-    """Set the exchange rate of an order by the listed on-demand price of its server."""
+    """Set the exchange rate of an order from the listed on-demand price of its server."""
     if (price := positive(order.get("price"))) is not None:
         rates = ExchangeRates()
         rates.update({wire_currency(order["currency"]): usd_per_hour / price}, display_only=True)

@@ -106,7 +106,7 @@ def price_in(server: Server, spot: bool, currency: str | None) -> float | None:
     Parameters:
         server: the server.
         spot: return the lowest spot bid that the host accepts.
-        currency: the API's name; None takes the price that the reference page names.
+        currency: the API's name; None takes the price of the documented form.
     """
     price = None
     if currency is not None and spot:
@@ -171,8 +171,8 @@ def _parse_version(text: str) -> tuple[int, int] | None:
 def nominal_vram(record: dict[str, Any]) -> float | None:
     """Return the memory of one GPU in GB, as the maker states it, or None.
 
-    The live API rounds down, so that a card with 24 GB shows 23. The cards of the last years with
-    an odd size are the 1080 Ti and the 2080 Ti, with 11 GB.
+    The live API rounds down, so that a card with 24 GB shows 23. Of the recent cards, only the
+    1080 Ti and the 2080 Ti have an odd size, 11 GB.
     """
     size = positive(part_of(record, "specs", "gpuram"))
     if size is None or size < 6 or size % 2 != 1:
@@ -362,8 +362,8 @@ def to_server(record: dict[str, Any], live: bool) -> Server:
 class Marketplace:
     """Read the list of servers in one response.
 
-    With the extra ``fast``, a server is decoded when it is read: to keep thousands of them takes
-    longer than to decode them twice.
+    With the extra ``fast``, a server is decoded each time it is read. This is faster than to keep
+    thousands of decoded servers.
 
     Attributes:
         live: whether the response is in the live form.
@@ -378,7 +378,7 @@ class Marketplace:
         servers = response.get("servers")
         self._servers = servers if isinstance(servers, (list, RawRecords)) else []
         self.live = any(_is_live_server(record) for record in self._servers)
-        self._places: list[int] = []  # of the servers among other things in the list
+        self._places: list[int] = []  # the indexes of the servers; other items are skipped
         self.ids: list[int | None] = []
         self.gpus: list[tuple[str, ...]] = []
         self.rented: list[bool] = []

@@ -27,7 +27,7 @@ from clore_client.validation import Timeout
 
 SHORTEST_LIMIT = 1.0  # seconds; no request has a shorter time limit
 OrderState = Literal["active", "ended", "absent"]  # of an order in the two order lists
-LONGEST_CHECK = 3.0  # seconds for the look if an order has ended, after a login failed
+LONGEST_CHECK = 3.0  # seconds to check if an order has ended, after a failed login
 
 
 class OrdersClient(Requester, Protocol):
@@ -46,15 +46,16 @@ class OrdersClient(Requester, Protocol):
 
 
 class Claims:
-    """Keep which purchase of this process each order of an account belongs to.
+    """Record which purchase of this process made each order of an account.
 
-    Purchases of the same server are made one after the other, so that they can't claim each other's
-    order. Each change is one atomic step, because an interrupt can come at any time.
+    Purchases of the same server are made one after the other, so that one can't claim the order of
+    another. Each change is one atomic step, because an interrupt can come at any time.
 
     Attributes:
         unresolved: server id -> a purchase whose outcome is not known.
         rented: ids of the orders that belong to rentals.
-        clock_offset: seconds from the server's clock to the creation time of orders; 0 or negative.
+        clock_offset: the creation time of a new order minus the server's clock, in seconds; the
+            lowest value so far, 0 or negative.
     """
 
     def __init__(self) -> None:
@@ -172,7 +173,7 @@ class AccountOrders:
     # --- logins ---
 
     def login_of(self, order: Order) -> dict[str, str]:
-        """Return what is known for the login to an order."""
+        """Return the known login data of an order."""
         if self.has_ended(order.id):  # a list can still show it as active
             return {}
         return self.credentials.of(self.account, order.id, order)
@@ -195,7 +196,7 @@ class AccountOrders:
             raise ended_error(order_id, "cancelled" if order_id in self.cancelled else "expired")
 
     def running(self, order_id: int) -> Order:
-        """Read an order that has not ended; a known end needs no request."""
+        """Read an order that has not ended. If it is known to have ended, send no request."""
         self.check_not_ended(order_id)
         return self.find_active(order_id)
 
@@ -203,12 +204,12 @@ class AccountOrders:
         """Read an order that is not listed as ended.
 
         Raises:
-            OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
+            OrderEndedError, OrderNotFoundError: the order has ended, or does not exist.
         """
         order = self.find(order_id) or self.made.get(order_id)  # a new one may not be listed yet
         if order is None:
             raise OrderNotFoundError(
-                f"there is no order {order_id} in this account, so nothing was done: look at "
+                f"there is no order {order_id} in this account, so nothing was done: check "
                 "get_orders()",
                 order_id=order_id,
             )
@@ -217,11 +218,11 @@ class AccountOrders:
         return order
 
     def raise_if_ended(self, order_id: int, cause: BaseException) -> None:
-        """Look once if an order has ended, with one request, and raise the error for that.
+        """Check with one request if an order has ended, and raise an error if so.
 
         Parameters:
             order_id: the order.
-            cause: the error that makes it likely.
+            cause: the error after which this is checked.
         """
         self.check_not_ended(order_id)
         if self.client.api_key is None:
@@ -281,7 +282,7 @@ class AccountOrders:
         return "absent"
 
     def active_ids(self) -> list[int]:
-        """Return the ids of active orders, and of known orders that the list does not have now."""
+        """Return the ids of active orders, and of known orders that are missing from the list."""
         orders, _ = self.read(completed=False)
         active = [order.id for order in orders if order.id is not None and not order.has_ended]
         missing = self.known - set(active) - self.ended

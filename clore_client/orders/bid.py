@@ -21,7 +21,7 @@ from clore_client.pricing import bid_per_hour, finite, wire_currency
 from clore_client.validation import check_currency
 
 LOWERING_INTERVAL = 600.0  # seconds between two lower bids, if the API does not say
-STEP_SHARE = 1 - 1e-6  # of the largest step, because of rounding errors
+STEP_SHARE = 1 - 1e-6  # the fraction of the largest step to use, because of rounding errors
 
 
 def set_spot_price(

@@ -1,7 +1,7 @@
 """Cancel orders until the API accepts it, and confirm that they have ended.
 
 An order has ended when the list of completed orders says so, or when its cancel was accepted and it
-is missing from both lists for longer than ``order_lag``. One look is not enough, because a list can
+is missing from both lists for longer than ``order_lag``. One read is not enough, because a list can
 be empty for a moment.
 """
 
@@ -91,7 +91,7 @@ class Cancellation:
         Parameters:
             deadline: returns the monotonic time at which to give up.
             confirm: wait until the order has ended; else an accepted cancel is enough.
-            retry_refused: go on if the API refuses to cancel an active order.
+            retry_refused: continue if the API refuses to cancel an active order.
             stop: returns whether to give up at once.
 
         Returns:
@@ -173,7 +173,7 @@ class Cancellation:
                 )
 
     def _request_deadline(self, deadline: float, at_least: float = SHORTEST_LIMIT) -> float:
-        """Return the deadline of one request, so that a request that hangs is sent again."""
+        """Return the deadline of one request. A request that hangs is sent again after it."""
         now = time.monotonic()
         return now + max(at_least, (deadline - now) / 3)
 
@@ -211,7 +211,7 @@ class Cancellation:
             return False
         if not self.accepted and self.order_id not in orders.known:
             raise OrderNotFoundError(
-                f"there is no order {self.order_id} in this account: look at get_orders()",
+                f"there is no order {self.order_id} in this account: check get_orders()",
                 order_id=self.order_id,
             ) from self.failure
         return self.accepted
@@ -284,7 +284,7 @@ def confirm_ended(cancellations: list[Cancellation], timeout: float) -> None:
             left = tuple(c.order_id for c in cancellations[number:])
             raise CancelUnconfirmedError(
                 f"orders cancelled, but still active after {timeout:g}s: "
-                f"{', '.join(map(str, left))}; look at get_orders(), and cancel them again",
+                f"{', '.join(map(str, left))}; check get_orders(), and cancel them again",
                 order_ids=left,
             ) from failure
 

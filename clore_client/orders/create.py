@@ -137,7 +137,7 @@ class Purchase:
 
     @property
     def sent_at(self) -> float:
-        """The monotonic time at which the request was sent; without a response, the earliest."""
+        """The monotonic time at which the request was sent; after an error, of its first send."""
         return getattr(self.response, "sent_at", self._sent_at)
 
     def matches(self, order: Order) -> bool:
@@ -150,7 +150,7 @@ class Purchase:
             and order.id not in self.before
             and order.server_id == self.server_id
             and same_purchase(order, self.image, self.currency, self.spot)
-            # Another process can have ordered the same server a moment before.
+            # Another process may just have ordered the same server.
             and not self._orders.credentials.contradict(
                 self._orders.account, order.id, self.credentials
             )
@@ -186,7 +186,7 @@ class Purchase:
     def learn_rate(self) -> None:
         """Try to read the exchange rate for the price of the order in USD, if it is not known.
 
-        This comes before the purchase: an interrupt after it would lose the order.
+        This is called before the purchase: an interrupt after the purchase would lose the order.
         """
         data = self._orders.market.data
         if data.rates.rate(self.currency) is None and not data.documented:
@@ -275,7 +275,7 @@ class Purchase:
             raise
         except BaseException:
             logger.warning(
-                "interrupted while server %d was ordered: an order may exist, so look at "
+                "interrupted while server %d was ordered: an order may exist, so check "
                 "get_orders()",
                 self.server_id,
             )
@@ -313,7 +313,7 @@ class Purchase:
             claims.unresolved[server_id] = earlier
             if not isinstance(error, ServerAlreadyRentedError):
                 raise
-            # An earlier purchase may have rented it, with a response that was lost.
+            # An earlier purchase, whose response was lost, may have rented the server.
             return earlier._find(find_timeout, error), earlier
         if (order_id := created_id(self.response)) is None:
             return self._find(find_timeout, send_error), self
@@ -399,11 +399,11 @@ class Purchase:
     ) -> OrderOutcomeUnknownError:
         ids = tuple(order.id for order in orders if order.id is not None)
         made = "was made" if send_error is None else "may have been made"
-        which = f"it is not clear if it is one of {', '.join(map(str, ids))}: look at get_orders()"
+        which = f"it is not clear if it is one of {', '.join(map(str, ids))}: check get_orders()"
         if not ids:
             which = (
                 f"it did not show up in the order lists within {timeout:g}s. It was not sent "
-                "again: look at get_orders() now and again in a minute,"
+                "again: check get_orders() now and again in a minute,"
             )
         return OrderOutcomeUnknownError(
             f"an order for server {self.server_id} {made}, but {which} before you order again",

@@ -23,14 +23,12 @@ from clore_client.pricing import finite
 CREDENTIALS_FOLDER = "credentials"  # in the state folder
 CREDENTIALS_SCHEMA = 1  # a later version adds fields, and keeps these
 _SAVED_FIELDS = ("ssh_password", "jupyter_token", "key_fingerprint")
-# Seconds: a purchase that has no order after this time has none, and an order that no list has
-# for this time has ended.
-PURCHASE_OVER = 3600.0
-ORDER_OVER = 86_400.0
+PURCHASE_OVER = 3600.0  # seconds; a purchase without an order after this time has failed
+ORDER_OVER = 86_400.0  # seconds; an order that is missing from the lists for so long has ended
 # The allowed difference between the creation time of an order, by the server's clock, and the time
 # of its entry, by this machine's clock. All in seconds.
 CLOCKS_APART = 300.0
-CLOCKS_COMPARED = 5.0  # if the entry has the difference of the clocks
+CLOCKS_COMPARED = 5.0  # if the entry has the difference between the clocks
 LATEST_ORDER = 180.0  # a proxy can delay a request
 
 
@@ -176,7 +174,7 @@ class Credentials:
             _warn(f"{path} can't be renamed", error)
 
     def of(self, account: str, order_id: int | None, order: Order | None = None) -> dict[str, str]:
-        """Return what is known for the login to an order; empty if nothing is.
+        """Return the known login data of an order; an empty dict if none is known.
 
         Parameters:
             account: the digest of the account.
@@ -197,7 +195,7 @@ class Credentials:
         return self._known.setdefault((account, order_id), _fields_of(found))
 
     def contradict(self, account: str, order_id: int, sent: dict[str, str]) -> bool:
-        """Return whether an order is known to have another login than the one that was sent."""
+        """Return whether an order is known to have a different login from the one in ``sent``."""
         known = self.of(account, order_id)
         return bool(known) and known != login_fields(sent)
 
@@ -252,7 +250,7 @@ class Credentials:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, RecursionError) as error:
-            # The text of a JSON error holds nothing of the file.
+            # The text of a JSON error contains no part of the file.
             _warn(f"{path} can't be read", error)
             return None
         return data if data.get("account") == account else None
@@ -260,7 +258,7 @@ class Credentials:
     def _of_lost_purchase(
         self, folder: Path, account: str, order_id: int, order: Order
     ) -> dict[str, Any] | None:
-        """Return the newest purchase without an order that fits this one, and assign it."""
+        """Return the newest saved purchase that can have made this order, and assign it."""
         fitting = [
             (path, data)
             for path in self._files(folder, f"{account[:12]}-server-{order.server_id}-")

@@ -38,7 +38,7 @@ def balance_of(wallets: list[Wallet], currency: str) -> float:
     if wallet is None and wire_currency(currency) is None:
         names = ", ".join(short_repr(wallet.name) for wallet in wallets if wallet.name)
         raise ValueError(
-            f"currency {short_repr(currency)} is no currency and no part of a wallet's name: "
+            f"currency {short_repr(currency)} is neither a currency nor part of a wallet's name: "
             f"choose one of {names or 'BTC, CLORE and USD'}"
         )
     return _balance(wallet)
@@ -73,8 +73,7 @@ def _paid_with(active: list[Order], order_id: int | None) -> str:
         if order.id == order_id and isinstance(order.get("currency"), str):
             return str(order["currency"])
     raise OrderNotFoundError(
-        f"there is no active order {order_id} with a currency in this account: look at "
-        "get_orders()",
+        f"there is no active order {order_id} with a currency in this account: check get_orders()",
         order_id=order_id,
     )
 
@@ -133,7 +132,7 @@ def explain_balance(
 def learn_order_rates(orders: AccountOrders, read: list[Order]) -> None:
     """Read the exchange rates if an order of the live form can't be priced without them.
 
-    The documented form has none: there, the listed price of the server gives the rate of its order.
+    The documented form has no rates: the listed price of the server gives the rate of its order.
     """
     for order in read:
         known = wire_currency(str(order.get("currency"))) and finite(order.get("price")) is not None

@@ -84,7 +84,7 @@ def _check_may_exist(orders: AccountOrders, order_id: int, late: str) -> None:
     if order_id not in orders.known and not orders.credentials.of(orders.account, order_id):
         raise UnknownOrderError(
             f"{late}: there is no order {order_id} in this account, so the client did not wait; "
-            "look at get_orders()",
+            "check get_orders()",
             order_id=order_id,
         )
 

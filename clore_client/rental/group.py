@@ -23,7 +23,7 @@ class RentalGroup:
     rentals``.
 
     Parameters:
-        rentals: the rentals, not begun.
+        rentals: the rentals, which have not begun.
         min_count: how many must run.
     """
 
@@ -62,7 +62,7 @@ class RentalGroup:
             A list with the result of each rental, in their order.
 
         Raises:
-            CommandError: it failed on one server; the others have ended, too.
+            CommandError: the command failed on one server; on the others, it has ended too.
         """
         return self.map(lambda rental: rental.run(command, **options))
 

@@ -48,8 +48,8 @@ class JournalEntry:
     Attributes:
         data: the content of the file.
         of_this_machine: whether this machine wrote it.
-        abandoned: whether nothing will end its order, because a process of this machine is dead or
-            its rental gave up.
+        abandoned: whether no process will end its order, because its process, on this machine, is
+            dead, or its rental gave up.
     """
 
     def __init__(

@@ -377,10 +377,10 @@ class RentalOrders:
         return [p for p in self._all if p.refused and not p.accepted]
 
     def search_unresolved(self, stop: Callable[[], bool]) -> None:
-        """Look once for the orders of unresolved purchases, and cancel those that exist.
+        """Search once for the orders of unresolved purchases, and cancel those that exist.
 
         Parameters:
-            stop: returns whether something else is more urgent; a cancel then goes on later.
+            stop: returns whether something else is more urgent; a cancel then continues later.
         """
         until = time.monotonic() + self._settings.cancel_timeout
         for purchase in self.unresolved():
@@ -390,7 +390,7 @@ class RentalOrders:
                     if self._search(purchase):
                         self.forget(purchase)
                 except CloreError as error:
-                    logger.debug("looking for an order of server %d: %s", server_id, error)
+                    logger.debug("an order of server %d can't be searched: %s", server_id, error)
                 if purchase.order_id is None:
                     continue
                 logger.warning(
@@ -406,8 +406,8 @@ class RentalOrders:
         return min(SEARCH_INTERVAL, max(0.001, self._orders.client.order_lag / MIN_ABSENT_LISTS))
 
     def _reconcile(self, purchase: RentalOrder) -> CloreError | None:
-        """Look for the order of a purchase until it is found and cancelled, or time is out."""
-        logger.warning("an order of server %d may exist: looking for it", purchase.server_id)
+        """Search for the order of a purchase until it is cancelled, or time has run out."""
+        logger.warning("an order of server %d may exist: searching for it", purchase.server_id)
         cause: BaseException | None = None
         absent = False
         while not self.abandoned:
@@ -432,14 +432,14 @@ class RentalOrders:
         return self._give_up(purchase, unknown)
 
     def _search(self, purchase: RentalOrder) -> bool:
-        """Look once for the order of a purchase. Return True if it is confirmed absent.
+        """Search once for the order of a purchase. Return True if it is confirmed absent.
 
         A new order can take ``order_lag`` seconds to be listed, and a list can be empty for a
         moment. So several lists over ``order_lag`` seconds must not have it.
         """
         asked_at = time.monotonic()
         deadline = max(asked_at + SHORTEST_LIMIT, self.deadline())
-        if self.block_ended_at is None:  # the limits of the rental must be checked meanwhile
+        if self.block_ended_at is None:  # the limits of the rental must still be checked
             deadline = asked_at + LIST_PATIENCE
         absent = purchase.absent
         try:
@@ -475,12 +475,12 @@ class RentalOrders:
             and order.id not in claims.rented
             and can_be_order_of(order, settings.image, settings.currency, settings.spot)
         ]
-        if (lost := purchase.lost) is None:  # create_order() had claimed its order
+        if (lost := purchase.lost) is None:  # create_order() has claimed its own order
             return fitting
         return claims.free([order for order in fitting if lost.matches(order)], lost)
 
     def _is_held(self, purchase: RentalOrder) -> bool:
-        """Return whether a living rental of another process could own the order."""
+        """Return whether a living rental of another process may own the order of a purchase."""
         wanted = {"server_id": purchase.server_id, "account": self._orders.account}
         held = False
         for entry in read_entries(self._folder):

@@ -141,7 +141,7 @@ class _Survey:
                 living.update(order.id or 0 for order in fitting)
             elif len(fitting) > 1:
                 logger.warning(
-                    "several orders match %s, so none is assigned to it: look at get_orders()",
+                    "several orders match %s, so none is assigned to it: check get_orders()",
                     entry.path,
                 )
             elif fitting:
@@ -151,7 +151,7 @@ class _Survey:
         self._settle_conflicts(living)
 
     def _fitting(self, entry: JournalEntry, named: Collection[int | None]) -> list[Order]:
-        """Return the active orders that an entry can be about."""
+        """Return the active orders that can belong to an entry."""
         if entry.order_id is not None:
             return [self.listed[entry.order_id]] if entry.order_id in self.listed else []
         unnamed = (order for number, order in self.listed.items() if number not in named)
@@ -307,7 +307,7 @@ def _has_ended(orders: AccountOrders, order_id: int) -> bool:
     """Return whether an order is known to have ended."""
     try:
         return orders.state(order_id) == "ended"
-    except CloreError as error:  # the other orders must not wait for this one
+    except CloreError as error:  # it must not stop the cancels of the other orders
         logger.debug("the state of order %d can't be read: %s", order_id, error)
         return False
 
@@ -324,7 +324,7 @@ def _end_entries(
         orders: the orders of the account.
         entries: locked entries, with their order if a list has it.
         timeout: seconds to keep sending each cancel.
-        again: the method to call again, for the error.
+        again: the method to call again, for the error text.
     """
     ended: list[int] = []
     failed: dict[int, BaseException] = {}

@@ -68,8 +68,8 @@ TRY_NEXT_ERRORS = (
 class Rental:
     """Rent a server for the length of a ``with`` block; see ``CloreClient.rent``.
 
-    A worker thread, :class:`RentalWorker`, orders and cancels. The thread that runs the block looks
-    for servers, and waits.
+    A worker thread, :class:`RentalWorker`, orders and cancels. The thread that runs the block
+    searches for servers, and waits.
 
     Attributes:
         order: the order as it was when it started to run, with its ``ssh_password`` if the client
@@ -101,9 +101,9 @@ class Rental:
         self._worker: RentalWorker | None = None
         self._order: Order | None = None
         self._server: Server | None = None
-        self._connection: Any = None  # that of run(), upload() and the like
+        self._connection: Any = None  # shared by run(), upload() and the other methods
         self._kept_as = "kept"  # for the repr of a rental that does not end its order
-        self._over = False  # set by request_end(), also before the block begins
+        self._over = False  # set by request_end(), which can come before the block begins
         self.tried: list[tuple[int, str]] = []
 
     def __repr__(self) -> str:
@@ -227,14 +227,14 @@ class Rental:
 
         The budget ends here: ``max_hours`` and ``max_cost_usd`` of the rental, signals and the exit
         of the interpreter don't end the order any more. :meth:`CloreClient.leftovers` lists it
-        under ``kept``, and :meth:`CloreClient.attach` takes it up again.
+        under ``kept``, and :meth:`CloreClient.attach` returns a rental for it.
 
-        On the rental of :meth:`CloreClient.attach`, it does not bind the process that rented the
-        order: that process still ends it at the end of its own block, or at its limits.
+        On a rental from :meth:`CloreClient.attach`, this has no effect on the process that rented
+        the order: that process still ends it at the end of its own block, or at its limits.
 
         Parameters:
             max_hours: hours from now after which :meth:`CloreClient.cancel_overdue` ends the order.
-                Nothing ends it by itself: call that from cron.
+                Nothing calls that method for you: call it from cron.
 
         Returns:
             The :class:`Order`.
@@ -303,7 +303,10 @@ class Rental:
             self._worker.close_ssh()
 
     def request_end(self) -> None:
-        """Begin to end the rental, without waiting for it. If it has not begun, it can't begin."""
+        """Ask the worker to end the rental, and do not wait for that.
+
+        A rental that has not begun can't begin any more.
+        """
         self._over = True
         if self._worker is not None:
             self._worker.request_end()
@@ -362,7 +365,7 @@ class Rental:
             try:
                 interrupts += worker.end(interrupted)
                 worker.close()
-            except (KeyboardInterrupt, SystemExit) as late:  # between the two calls
+            except (KeyboardInterrupt, SystemExit) as late:  # outside the waits of end()
                 interrupts.append(late)
                 interrupted = True
         self._connection = None
@@ -525,7 +528,7 @@ class AttachedRental(Rental):
 def _raise_failure(
     error: BaseException | None, worker: RentalWorker, interrupts: list[BaseException]
 ) -> None:
-    """Raise an error, or add a note to ``error``, if the end of a rental needs it.
+    """Raise an error, or add a note to ``error``, if a rental failed or was ended early.
 
     Parameters:
         error: the exception of the block, or None.
@@ -544,7 +547,7 @@ def _raise_failure(
     if (failure := worker.failure) is not None:
         if (shown := raised or error) is None:
             raise failure
-        if str(shown) != str(failure):  # the block may pass on the error of close()
+        if str(shown) != str(failure):  # the block may raise the error of close() itself
             add_note(shown, str(failure))
     if raised is not None:
         raise raised from error

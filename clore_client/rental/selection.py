@@ -21,7 +21,7 @@ from clore_client.validation import (
     check_text,
 )
 
-BID_MARGIN = 1e-4  # the conversion of the lowest bid can make it too low
+BID_MARGIN = 1e-4  # added to the lowest bid, which the conversion can make too low
 PRICE_SLACK = 1e-4  # the rounding error of an exchange rate
 
 
@@ -29,8 +29,8 @@ class RentalSettings:
     """Check and keep the arguments of ``rent()``.
 
     Parameters:
-        search: the filters; it gets the ``server_id``.
-        order: those that ``create_order`` takes too, except the bid and ``find_timeout``.
+        search: the filters; its ``server_id`` is set here.
+        order: the arguments that ``create_order`` takes too, except the bid and ``find_timeout``.
 
     Attributes:
         order_arguments: the arguments for ``create_order``.
@@ -222,7 +222,7 @@ def summary(tried: list[tuple[int, str]]) -> str:
     """Return the reason for each server; servers with the same reason share one."""
     servers: dict[str, list[str]] = {}
     for server_id, why in tried:
-        # The text of an error names the order, which differs.
+        # An error names its order; without the number, equal reasons are equal texts.
         alike = re.sub(r"\b([Oo])rder \d+\b", r"\1rder", why)
         servers.setdefault(alike, []).append(str(server_id))
     if len(servers) == len(tried):

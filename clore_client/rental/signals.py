@@ -71,7 +71,7 @@ class SignalHandling:
     def close(self) -> None:
         """Stop using the signal handler. Safe to repeat."""
         this_process.signal_users.discard(self)
-        # Another thread can't restore handlers; without users, ours does what the default does.
+        # Another thread can't restore handlers. Without users, ours acts as the default handler.
         if not this_process.signal_users and in_main_thread():
             _restore_handlers()
 
@@ -176,8 +176,8 @@ class ThreadCall:
 def next_item(inbox: queue.SimpleQueue[Any], timeout: float | None) -> Any:
     """Return the next item of a queue that only this thread reads; None after the timeout.
 
-    ``SimpleQueue.get(timeout=...)`` can wait forever if its lock is free, the queue is empty and
-    the timeout has passed. A ``get_nowait()`` that finds no item takes that lock first.
+    ``SimpleQueue.get(timeout=...)`` can wait forever if it is called with a free lock and an empty
+    queue, and the timeout passes. So call ``get_nowait()`` first, which takes the lock.
     """
     try:
         return inbox.get_nowait()

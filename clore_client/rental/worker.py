@@ -97,9 +97,9 @@ class RentalClient(Protocol):
 class RentalWorker:
     """Run the thread that orders the servers of one rental, and ends their orders.
 
-    The thread ends the orders when the block ends, or when the ``with`` statement or the rental no
-    longer exists, because an interrupt can stop ``__exit__`` at its first line. It also ends them
-    when a limit is reached, at a signal in another thread, and at the exit of the interpreter.
+    The thread ends the orders when the block ends. An interrupt can stop ``__exit__`` at its first
+    line, so the thread also ends them when the ``with`` statement or the rental no longer exists.
+    Other reasons are a limit, a signal in another thread, and the exit of the interpreter.
 
     Attributes:
         budget: the limits and the cost.
@@ -122,7 +122,7 @@ class RentalWorker:
     ) -> None:
         self._client = client
         self._inbox = inbox
-        self._holders = holders  # references to the rental, and to its with statement if any
+        self._holders = holders  # weak references to the rental, and to its with statement if any
         self.pid = os.getpid()
         self.budget = Budget(settings)
         self.finished = Gate()
@@ -142,7 +142,7 @@ class RentalWorker:
 
     @property
     def gave_up(self) -> bool:
-        """True if the rental stopped to cancel, after three interrupts."""
+        """True if the rental stopped the cancelling, after three interrupts."""
         return self._rental_orders.abandoned
 
     # --- called by the rental, in its own thread ---
@@ -207,12 +207,12 @@ class RentalWorker:
         self.call_in_thread(lambda: self._keep(until))
 
     def correct_price(self, usd_per_hour: float) -> None:
-        """Set the price of the current order, as the API shows it."""
+        """Set the price of the current order to the one that the API shows."""
         if self._current is not None:
             self._current.meter.correct(usd_per_hour)
 
     def check(self) -> None:
-        """Raise an error if a limit, a signal or the interpreter ends the rental."""
+        """Raise an error if a limit, a signal or the exit of the interpreter ends the rental."""
         if self.pid != os.getpid():
             return
         if not self.kept and self._current is not None and self._exceeds_limit():
@@ -261,7 +261,7 @@ class RentalWorker:
     def budget_error(self) -> BudgetExceededError | None:
         """Return the error for a limit that was reached, or None.
 
-        It says if the cancel is accepted already.
+        Its text says whether the cancel was accepted.
         """
         if (first := self._exceeded) is None:
             return None
@@ -371,7 +371,7 @@ class RentalWorker:
             order: Order = self._client.create_order(purchase.server_id, **arguments)
             if order.id is None:
                 raise OutcomeUnknownError(
-                    "the response to create_order has no order id, so the order may exist: look at "
+                    "the response to create_order has no order id, so the order may exist: check "
                     "get_orders()"
                 )
         except DatabaseError:
@@ -416,7 +416,7 @@ class RentalWorker:
         failure = orders.try_to_cancel(current, orders.deadline)
         if failure is not None:
             logger.error("order %d could not be cancelled: %s", current.order_id, failure)
-        self.close_ssh()  # the block may have opened another one
+        self.close_ssh()  # the block may have opened another connection
 
     def _end_current(self) -> None:
         current, self._current = self._current, None

@@ -51,11 +51,11 @@ def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
     for name in given:
         if name not in LOGIN_DEFAULTS:
             raise TypeError(
-                f"there is no argument {name!r}, neither here nor among those of a login: "
+                f"there is no argument {name!r}; the arguments for the login are "
                 f"{', '.join(sorted(LOGIN_DEFAULTS))}"
             )
     options = {**LOGIN_DEFAULTS, **given}
-    for name in ("key_path", "host_key"):  # not secret, and errors name them
+    for name in ("key_path", "host_key"):  # not secret, and shown in errors
         if isinstance(options[name], Secret):
             options[name] = str(options[name])
     check_number("wait", options["wait"], infinite=True, unit="seconds")
@@ -108,10 +108,10 @@ class SSHAccess:
         return self._by_account.setdefault(account, HostKeys(self._folder, account))
 
     def _with_address(self, order: Any) -> Order:
-        """Return an order with its address, which is read if the argument has none.
+        """Return an order with its address. If the argument has no address, read the order.
 
         Raises:
-            OrderEndedError, OrderNotFoundError: there is no such order any more, or at all.
+            OrderEndedError, OrderNotFoundError: the order has ended, or does not exist.
         """
         if isinstance(order, Mapping):
             record = order if isinstance(order, Order) else Order(order)

@@ -65,7 +65,7 @@ _KILL_GROUP = (
 
 
 class Command:
-    """A command with its checked arguments.
+    """Check the arguments of a command, and run it.
 
     Parameters:
         command: a line for the host's shell, or a list of arguments, which is quoted.
@@ -296,18 +296,18 @@ class RunningCommand:
         return size
 
     def _all_arrived(self) -> bool:
-        """Check that there is no more output, rather than a slow network.
+        """Check that all output has arrived, and is not only delayed by a slow network.
 
-        The host sends in order: output that was ready before its first answer arrives before its
-        second answer.
+        The host sends in order: output that was ready before its first reply arrives before its
+        second reply.
         """
         channel = self._channel
-        for _ in range(3):  # the first may have been opened before
+        for _ in range(3):  # the first session may be one that was opened in advance
             try:
                 with self._limited(2 * PATIENCE):
                     open_session(self._transport, PATIENCE).close()
             except NoChannelError:
-                pass  # a refusal is an answer
+                pass  # a refusal is a reply too
             except (SSHError, OSError, EOFError):
                 return False
             if channel.recv_ready() or channel.recv_stderr_ready() or channel.closed:

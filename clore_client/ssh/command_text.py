@@ -131,7 +131,7 @@ class CommandOutput:
         self._unreported: list[tuple[LineSplitter, bytes]] = []
 
     def add(self, stream: str, data: bytes) -> None:
-        """Keep data as far as there is room, and queue it for ``on_output``."""
+        """Keep data up to ``max_output`` bytes, and queue all of it for ``on_output``."""
         kept = data[: self._room]
         self._room -= len(kept)
         self.dropped += len(data) - len(kept)
@@ -152,7 +152,7 @@ class CommandOutput:
             splitter.finish()
 
     def text(self, stream: str) -> str:
-        """Return what was kept of a stream."""
+        """Return the kept output of a stream."""
         return self._kept[stream].decode("utf-8", "replace")
 
 
@@ -192,7 +192,7 @@ class LineSplitter:
 
 
 class PidLine:
-    """The first line that a command's shell prints on stderr, with a random mark and its pid.
+    """Read the first line on stderr, which has a random mark and the pid of the command's shell.
 
     It proves that the host runs the command, and names the process group to end. Until it arrives,
     the last 64 KB of stderr are held back.
@@ -232,6 +232,6 @@ class PidLine:
         return self.rest()
 
     def rest(self) -> bytes:
-        """Return what was held back, at the end of stderr."""
+        """Return the data that was held back, at the end of stderr."""
         rest, self._held = self._held, b""
         return rest

@@ -33,15 +33,15 @@ if TYPE_CHECKING:
 TOO_SLOW = "it did not finish the SSH handshake in time"
 SSH_PAUSE = 2.0  # seconds between two attempts to reach an sshd that is not up yet
 FIRST_CONNECT = 5.0  # seconds for the first TCP connection
-LOOK_EVERY = 15.0  # seconds between two checks if the order has ended
+ENDED_CHECK = 15.0  # seconds between two checks if the order has ended
 
 
 class NotUpYetError(SSHError):
-    """An sshd may respond later; used only within this module."""
+    """The sshd may respond later; used only within this module."""
 
 
 class Login:
-    """The checked arguments of a login to the host of an order.
+    """Check the arguments of a login to the host of an order, and log in.
 
     Parameters:
         address: of the host, as ``plain_address`` returns it.
@@ -89,14 +89,14 @@ class Login:
             return self._paramiko.PKey.from_path(
                 path, None if passphrase is None else passphrase.encode()
             )
-        except TypeError as error:  # it is encrypted and there is none, or the other way round
+        except TypeError as error:  # an encrypted key and no passphrase, or the reverse
             if passphrase is None:
                 raise ValueError(f"key_path: {shown} is encrypted: give passphrase=") from error
             raise ValueError(f"passphrase: {shown} is not encrypted") from error
         except Exception as error:
             text = f"key_path: {shown} is not a private key that can be used: {reason(error)}"
             if passphrase is not None:
-                text = f"passphrase is not the one of {shown}, or {text}"
+                text = f"passphrase is not the right one for {shown}, or {text}"
             raise ValueError(text) from error
 
     def open(
@@ -108,7 +108,7 @@ class Login:
             report: gets the progress.
             first: the first attempt, in place of :meth:`once`.
         """
-        started = next_look = time.monotonic()
+        started = next_check = time.monotonic()
         while True:
             try:
                 attempt, first = first or self.once, None
@@ -124,8 +124,8 @@ class Login:
                     late.reason = "unreachable"
                     self.on_failure(late)
                     raise late from error.__cause__
-                if now >= next_look:
-                    next_look = now + LOOK_EVERY
+                if now >= next_check:
+                    next_check = now + ENDED_CHECK
                     self.on_failure(error)
                 logger.debug("no SSH at %s yet: %s", self.where, error)
                 if report is not None:
@@ -137,7 +137,7 @@ class Login:
                 raise
 
     def once(self) -> paramiko.SSHClient:
-        """Try once to log in, within ``timeout`` seconds in all."""
+        """Try once to log in, within ``timeout`` seconds for all steps."""
         ssh = self._paramiko.SSHClient()
         ssh.set_log_channel(PARAMIKO_LOGGER)
         ssh.set_missing_host_key_policy(self.keys)
@@ -153,7 +153,7 @@ class Login:
         with Watchdog() as watchdog, watchdog.limit(self.timeout, lambda: _break_off(ssh)) as limit:
             try:
                 self._connect(ssh)
-                if not ssh.get_transport().is_authenticated():  # paramiko returns for half a login
+                if not ssh.get_transport().is_authenticated():  # paramiko returns if it is partial
                     raise self._paramiko.ssh_exception.PartialAuthentication([])
                 self.keys.remember(ssh.get_transport().get_remote_server_key())
             except SSHError:
@@ -187,18 +187,18 @@ class Login:
             raise
 
     def _connect_timeout(self) -> float:
-        """Return the TCP timeout; short at first, as a failure lets the client check the order."""
+        """Return the TCP timeout. The first is short, so that the order can be checked early."""
         first, self._tried = not self._tried, True
         return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
 
     def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
-        transport.auth_interactive_dumb = self._answer_no_questions
+        transport.auth_interactive_dumb = self._refuse_questions
         if hops:
             close_after(transport, hops)
         return transport
 
-    def _answer_no_questions(self, *_: Any) -> None:
+    def _refuse_questions(self, *_: Any) -> None:
         # paramiko would print the host's text, and read the answer from the terminal.
         raise self._paramiko.ssh_exception.PartialAuthentication(
             ["keyboard-interactive or password"]
@@ -210,7 +210,7 @@ class Login:
         keys_exchanged = transport is not None and bool(transport.initial_kex_done)
         text = reason(error)
         lower = text.lower()
-        # paramiko's words for a connection that was closed, or was too slow.
+        # paramiko's text for a connection that was closed, or was too slow.
         no_session = "existing session" in lower
         # With too many keys, the host closes the connection.
         refused = isinstance(error, self._paramiko.AuthenticationException) or (
@@ -232,9 +232,10 @@ class Login:
             return NotUpYetError(text)
         if "no authentication methods" in lower:
             return SSHError(
-                f"there is nothing to log in to {self.where} with: pass password= or key_path="
+                f"no password or key to log in to {self.where} was found: "
+                "pass password= or key_path="
             )
-        # A wrong answer of the host can raise anything in paramiko.
+        # An invalid message from the host can raise any exception in paramiko.
         kind = "" if isinstance(error, self._paramiko.SSHException) else f"{type(error).__name__}: "
         return SSHError(f"SSH to {self.where} failed: {kind}{text}")
 

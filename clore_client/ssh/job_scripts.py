@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-# Prints when the process $1 was started; nothing if it has ended, even if it is a zombie.
-_BORN = r"""
-born() {
+# Prints the start time of the process $1 in clock ticks; nothing for an ended process or a zombie.
+_TICKS = r"""
+ticks() {
   [ -e /proc/self ] || { kill -s 0 "$1" 2>/dev/null && echo 0; return; }
   { read -r s <"/proc/$1/stat"; } 2>/dev/null || return 1
   s=${s##*) }; set -- $s; [ "$1" != Z ] && echo "${20}"
@@ -14,10 +14,10 @@ born() {
 # umask, and $5 the boot and the time. SIGTERM goes to the whole group: this shell ignores it, so
 # that it can record the exit code. It needs no other program and no free space on the disk.
 JOB_RUNNER = (
-    _BORN
+    _TICKS
     + r"""
 trap "" HUP; trap : TERM INT QUIT
-echo "$$ $(born $$ || echo -) $5" >"$1/pid"
+echo "$$ $(ticks $$ || echo -) $5" >"$1/pid"
 umask "$4"
 # Start-up files may change the directory.
 CLORE_JOB_CWD=$PWD "$2" -c 'cd "$CLORE_JOB_CWD"; '"$3"
@@ -26,26 +26,26 @@ printf "%-4s\n" $? 1<>"$1/exit"
 )
 # Precedes each of the scripts that follow.
 _JOBS = (
-    _BORN
+    _TICKS
     + r"""
 jobs=$PWD/.clore/jobs
 nap() { sleep "$1" 2>/dev/null || sleep 1; }
 boot() { # prints an id that changes when the host or its container restarts
   r=; { read -r r </proc/sys/kernel/random/boot_id; } 2>/dev/null
-  echo "$r/$(born 1)"
+  echo "$r/$(ticks 1)"
 }
 about() { # reads the state of the job $1 into $st, $code, $pid and $began
   st=gone code=- pid=- began=0
   j=$jobs/$1
   [ -d "$j" ] || return 1
-  w=0; until { read -r pid born boot began <"$j/pid"; } 2>/dev/null; do
-    pid=- born= boot= began=0 # it is starting, or its start was interrupted
+  w=0; until { read -r pid ticks boot began <"$j/pid"; } 2>/dev/null; do
+    pid=- ticks= boot= began=0 # it is starting, or its start was interrupted
     w=$((w+1)); [ $w -lt 20 ] || break
     nap 0.1
   done
-  b=$(born "$pid")
+  b=$(ticks "$pid")
   st=killed; [ "$boot" = "$(boot)" ] || st=lost
-  if [ -n "$born" ] && [ "$b" = "$born" ] && [ $st != lost ]; then st=running; fi
+  if [ -n "$ticks" ] && [ "$b" = "$ticks" ] && [ $st != lost ]; then st=running; fi
   # Read last, because a job may end in between.
   { read -r code <"$j/exit"; } 2>/dev/null || code=-
   [ "$code" = - ] || st=exited
@@ -138,7 +138,7 @@ members() { # prints the processes that have not ended
   done
 }
 # The number may belong to another process by now.
-if [ "$st" = lost ] || [ "$pid" = - ] || { [ -n "$b" ] && [ "$b" != "$born" ]; }; then
+if [ "$st" = lost ] || [ "$pid" = - ] || { [ -n "$b" ] && [ "$b" != "$ticks" ]; }; then
   echo "stopped"; exit 0
 fi
 known=; [ -z "$b" ] || known=$(tree "$pid")

@@ -42,8 +42,8 @@ LEAST_PATIENCE = 5.0  # seconds for a login or an answer, even if less time is l
 MAX_TAIL = 8 * 1024 * 1024  # bytes
 MAX_PORTION = 1048576  # bytes of output after one size
 MAX_JOBS = 10_000
-MOST_USELESS_TRIES = 3  # consecutive connections that receive nothing of a job
-RECONNECT_PAUSE = 1.0  # least seconds between two connections
+MOST_USELESS_TRIES = 3  # consecutive connections without any output of the job
+RECONNECT_PAUSE = 1.0  # the fewest seconds between two connections
 # A name, its state, its exit code or "-", and the time of its start.
 _JOB_STATE = r"(running|exited|killed|lost) (-|[0-9]{1,3}) ([0-9]{1,12})"
 _SIGNAL_CODES = range(129, 193)
@@ -52,7 +52,7 @@ Connect = Callable[[float], ConnectionPool]
 
 
 class JobCommand:
-    """The checked arguments of ``start``."""
+    """Check the arguments of ``start``."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class JobState(NamedTuple):
         """Read what the scripts print about a job."""
         found = re.fullmatch(_JOB_STATE, text)
         if found is None:
-            raise SSHError(f"the host describes a job in a way that can't be read: {text!r}")
+            raise SSHError(f"the host sent a job state that can't be read: {text!r}")
         status, digits, started = found.groups()
         code = int(digits) if status == "exited" and digits != "-" else None
         return cls("killed" if code in _SIGNAL_CODES else status, code, float(started))
@@ -128,7 +128,7 @@ class HostJobs:
         """Run a script for one job; return what follows ``word`` in its answer.
 
         Parameters:
-            most: the highest number of bytes of further output, which are returned too.
+            most: the maximum number of bytes after that line, which are returned too.
 
         Raises:
             JobError: the script failed.
@@ -177,7 +177,7 @@ class Job:
 
     Attributes:
         name: the name of the job.
-        command: the command; of a job that another process started, the first line of it.
+        command: the command; only its first line if another process started the job.
     """
 
     def __init__(self, host: HostJobs, name: str, command: str, state: JobState) -> None:
@@ -200,7 +200,7 @@ class Job:
             :meth:`stop`; ``"lost"``, if the host or its container was restarted, or the order has
             ended.
         """
-        return self._look().status
+        return self._refresh().status
 
     @property
     def exit_code(self) -> int | None:
@@ -208,7 +208,7 @@ class Job:
 
         It is 128 plus the number of the signal if one ended the command.
         """
-        return self._look().exit_code
+        return self._refresh().exit_code
 
     @property
     def started(self) -> float:
@@ -307,7 +307,7 @@ class Job:
         if self._state.status == "running":
             self._state = JobState("lost")
 
-    def _look(self) -> JobState:
+    def _refresh(self) -> JobState:
         if self._state.status == "running":
             try:
                 found = self._host.find(self.name)

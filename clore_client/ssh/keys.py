@@ -60,7 +60,7 @@ class HostKeys:
         """Return the pinned keys of a host: their type and base64, as in ``known_hosts``."""
         if alias in self._seen:
             return self._seen[alias]
-        return [pin for names, pin in self._lines() if _names(names, alias)]
+        return [pin for names, pin in self._lines() if _has_alias(names, alias)]
 
     def keep(self, alias: str, pin: str) -> None:
         """Pin a key instead of all others of the host."""
@@ -114,7 +114,7 @@ class HostKeys:
                 lines = [
                     line
                     for line in self._text().splitlines()
-                    if line.strip() and not _names(line.split()[0], alias)
+                    if line.strip() and not _has_alias(line.split()[0], alias)
                 ]
                 if pin is not None:
                     lines.append(f"{alias} {pin}")
@@ -123,7 +123,7 @@ class HostKeys:
             logger.warning("host keys can't be kept for the next process: %s", error)
 
 
-def _names(names: str, alias: str) -> bool:
+def _has_alias(names: str, alias: str) -> bool:
     """Check if the first word of a line names a host; OpenSSH may have hashed it."""
     if not names.startswith("|1|"):
         return alias in names.split(",")
@@ -184,7 +184,7 @@ class KeyCheck:
         name = f"order {self._order_id}" if self._order_id else self._alias
         raise HostKeyChangedError(
             f"the host of {name} has the host key {found} instead of {expected}: its container "
-            "was created again, or another host answers at its address. No password or key "
+            "was created again, or another host has its address. No password or key "
             "was sent. To accept the new host key, call forget_host_key(order) or pass "
             f"host_key={found!r}",
             order_id=self._order_id,

@@ -88,11 +88,11 @@ def _port_number(text: str) -> int:
 
 
 class HostConfig:
-    """The private keys and the jump hosts of a host in ``~/.ssh/config``.
+    """Read the private keys and the jump hosts of a host from ``~/.ssh/config``.
 
     Parameters:
         address: of the host, as :func:`plain_address` returns it.
-        use: read the file; else there are none.
+        use: whether to read the file; without it, there are no keys and no jump hosts.
 
     Attributes:
         identities: the files of the private keys.
@@ -138,7 +138,7 @@ class HostConfig:
         for hop, target in zip(self._hops, [*self._hops[1:], self._address], strict=False):
             ssh = import_paramiko().SSHClient()
             ssh.set_log_channel(PARAMIKO_LOGGER)
-            ssh.load_system_host_keys()  # a jump host belongs to the user, and is known
+            ssh.load_system_host_keys()  # the user must have accepted the jump host before
             opened.append(ssh)
             try:
                 ssh.connect(
@@ -241,8 +241,8 @@ def check_plain_name(value: Any) -> str:
     """Check the name of a job, or of an entry of ``~/.ssh/config``."""
     if not re.fullmatch(PLAIN_NAME, check_string("name", value)):
         raise ValueError(
-            "name must consist of at most 64 letters, digits, '_', '.' and '-', and begin with "
-            f"none of the last two, not {short_repr(value)}"
+            "name must consist of at most 64 letters, digits, '_', '.' and '-', and not begin with "
+            f"'.' or '-', unlike {short_repr(value)}"
         )
     return str(value)
 

@@ -17,7 +17,7 @@ from clore_client.ssh.transport import LimitedChannel, Watchdog, connection_erro
 from clore_client.validation import check_number, short_repr
 
 SCP_BUFFER = 131072  # bytes of one read or write
-MAX_SCP_LINE = 8192  # bytes; the longest honest line is an error with a path in it
+MAX_SCP_LINE = 8192  # bytes; the longest valid line is an error with a path in it
 MAX_FOLDER_DEPTH = 64
 SCP_BASE: Any = object  # guarded_scp() adds scp.SCPClient, which is imported late
 UNNAMED = (b"", b".", b"..")  # how scp names the folders /, . and ..
@@ -64,11 +64,11 @@ class CallbackError(Exception):
 class ScpChannel(LimitedChannel):
     """Return one line, one status byte or bytes of one file with each ``recv``.
 
-    scp takes what one ``recv`` returns for one record, and the host decides where packets end.
+    scp treats the bytes of one ``recv`` as one record, but the host decides where packets end.
     """
 
-    closed = False  # scp stops at True, and would miss what came before the end
-    content_left = 0  # bytes of a file that come next
+    closed = False  # with True, scp stops before it has read all data
+    content_left = 0  # bytes that are left of the current file
 
     def recv(self, size: int) -> bytes:
         if self.content_left:
@@ -83,7 +83,7 @@ class ScpChannel(LimitedChannel):
             if len(line) > MAX_SCP_LINE:
                 raise SSHError("the host sent a line without an end")
             line += super().recv(1) or self._fail()
-        return b"\0\n" if line == b"\0" else line  # where scp wants a line, this is a bad one
+        return b"\0\n" if line == b"\0" else line  # scp rejects this where it expects a line
 
     def finish(self) -> None:
         """Check that scp on the host succeeds."""
@@ -301,7 +301,7 @@ class ExactFile:
     def read(self, most: int) -> bytes:
         data = bytes(self._file.read(min(most, self._size - self._done)))
         if not data:
-            raise SSHError(f"the file ended before {self._size} bytes: it changed meanwhile")
+            raise SSHError(f"the file ended before {self._size} bytes: it has changed")
         self._done += len(data)
         return data
 
@@ -328,7 +328,7 @@ def _asked_name(path: bytes, wildcards: bool) -> bytes:
     if name in UNNAMED:
         return b"."
     if path.startswith(b"~") and name == path:
-        return b"*"  # a home, whose name only the host knows
+        return b"*"  # a home directory, whose name only the host knows
     import glob
 
     return name if wildcards else glob.escape(name)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SHELL_TIMEOUT = 30.0  # seconds for a host to open a terminal
 CLOSE_TIMEOUT = 2.0  # seconds for the host to send the exit code, and to close the terminal
-SHELL_LOOK = 0.25  # seconds between two checks of the size of the window
+SIZE_CHECK = 0.25  # seconds between two checks of the size of the window
 SHELL_PIECE = 65536  # bytes
 
 
@@ -108,12 +108,12 @@ class _Terminal:
                 channel.resize_pty(size.columns, size.lines)
 
     def _pass_on(self, channel: LimitedChannel) -> None:
-        """Pass on what has arrived, in both directions; return soon if there is nothing."""
+        """Pass on the data of both directions; return soon if there is none."""
         # Input is read only when it can be sent: a send that waits would hold up the output.
         watched: list[Any] = [channel]
         if self._reads and channel.send_ready():
             watched.append(self._source)
-        ready, _, _ = select.select(watched, [], [], SHELL_LOOK)
+        ready, _, _ = select.select(watched, [], [], SIZE_CHECK)
         if channel.recv_ready():
             _write_all(self._target, channel.recv(SHELL_PIECE))
         if self._source in ready:

@@ -26,11 +26,11 @@ CHANNEL_PACKET = 131072  # bytes; needs a fourth of the packets that 32 KB would
 COMMAND_WINDOW = 2**21  # bytes
 CHANNEL_PAUSE = 0.05  # seconds between two attempts to open a channel
 SPARE_PATIENCE = 1.0  # seconds for another thread to take a channel that the host has opened
-KEEPALIVE = 15.0  # seconds of silence after which a host is asked for a sign of life
+KEEPALIVE = 15.0  # seconds of silence after which a keepalive request is sent
 DEAD_AFTER = 38.0  # seconds of silence after which a connection counts as dead
-KEEPALIVE_LOOK = 5.0  # seconds between two checks for silence
+SILENCE_CHECK = 5.0  # seconds between two checks for silence
 WATCH_INTERVAL = 0.1  # seconds between two checks of the watchdog's limits
-# Messages with a count: paramiko would read as many items, even beyond the end of the message.
+# Messages with a count of items: paramiko does not check it against the length of the message.
 _EXT_INFO, _INFO_REQUEST, _SERVICE_ACCEPT = 7, 60, 6
 _WINDOW_ADJUST, _CHANNEL_CLOSE = b"\x5d", b"\x61"
 # Both ciphers include authentication, and are nearly twice as fast as CTR with a MAC.
@@ -85,7 +85,7 @@ def prepared_transport(
     _limit_packets(transport.packetizer, paramiko.SSHException)
     _name_errors(transport, paramiko.SSHException)
     with contextlib.suppress(OSError, AttributeError):
-        # Otherwise a small packet waits up to 40 ms for the answer to the previous one.
+        # Otherwise a small packet waits up to 40 ms for the TCP ACK of the previous one.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     security = transport.get_security_options()
     security.ciphers = _preferred(security.ciphers, FAST_CIPHERS)
@@ -145,7 +145,7 @@ def _name_errors(transport: Any, error: type[Exception]) -> None:
         failure = get_exception()
         if failure is None or isinstance(failure, (error, OSError, EOFError)):
             return failure
-        return error(f"it broke off ({type(failure).__name__})")
+        return error(f"the connection failed ({type(failure).__name__})")
 
     transport.get_exception = named
 
@@ -163,9 +163,9 @@ def close_after(transport: Any, clients: list[Any]) -> None:
 
 
 def keep_alive(transport: Any) -> None:
-    """Ask a silent host for a sign of life; close the connection if there is none.
+    """Send keepalive requests to a silent host; close the connection if it does not reply.
 
-    paramiko's own keepalives request no answer, so they never notice a dead link.
+    paramiko's own keepalives request no reply, so they do not detect a dead connection.
     """
     packetizer = transport.packetizer
 
@@ -177,10 +177,10 @@ def keep_alive(transport: Any) -> None:
         silent = time.monotonic() - packetizer.last_received
         if silent > DEAD_AFTER:
             raise EOFError  # in paramiko's own thread, which then closes everything
-        if silent > KEEPALIVE - KEEPALIVE_LOOK:
+        if silent > KEEPALIVE - SILENCE_CHECK:
             start_thread("keepalive", ask)  # a send may hang
 
-    packetizer.set_keepalive(KEEPALIVE_LOOK, check)
+    packetizer.set_keepalive(SILENCE_CHECK, check)
 
 
 def open_session(
@@ -270,7 +270,7 @@ class SpareSession:
             return self._open_channel(kind, *arguments, **options)
         except connection_errors() as error:
             if self._opener is not None and _is_refusal(error):
-                self._opener.join(SPARE_PATIENCE)  # the host has answered it before this request
+                self._opener.join(SPARE_PATIENCE)  # the host has replied to that request first
             if spare := self._take():
                 return spare
             raise
@@ -436,13 +436,13 @@ class Watchdog:
 
 
 class LimitedChannel:
-    """A channel on which no call takes much longer than ``timeout`` seconds.
+    """Limit each call of a channel to about ``timeout`` seconds.
 
     paramiko writes to a socket without a time limit; here the watchdog then closes the connection.
-    Methods that do not wait are those of paramiko's channel.
+    Methods that do not wait are called on paramiko's channel directly.
 
     Raises:
-        SSHError: a call takes too long. Other errors are those of paramiko.
+        SSHError: a call takes too long. Other errors come from paramiko unchanged.
     """
 
     def __init__(

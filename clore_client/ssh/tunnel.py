@@ -1,4 +1,4 @@
-"""Reach a service on a host: forward a local port to it, or wait until it answers HTTP requests."""
+"""Reach a service on a host: forward a local port to it, or wait until it responds over HTTP."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ class Forward:
 
 
 class _Link:
-    """A forwarded connection: a local socket, a channel, and a thread for each direction.
+    """Forward one connection: a local socket, a channel, and a thread for each direction.
 
     Attributes:
         thread: the thread that ends when both directions have ended.
@@ -261,7 +261,7 @@ class _Link:
 
 
 class HTTPWait:
-    """The checked arguments of ``wait_for_http``.
+    """Check the arguments of ``wait_for_http``, and wait.
 
     Parameters:
         read: returns the order with an id.
@@ -337,7 +337,7 @@ class HTTPWait:
 
     def _too_late(self, why: str) -> WaitTimeoutError:
         error = WaitTimeoutError(
-            f"no service at {self.where} within {self.timeout:g}s, the last answer: {why}. Does it "
+            f"no service at {self.where} within {self.timeout:g}s, the last result: {why}. Does it "
             "listen on 0.0.0.0 and on the right port?",
             order_id=self.order.id or 0, order=self.order,
         )  # fmt: skip

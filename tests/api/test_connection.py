@@ -50,7 +50,7 @@ def reset(peer: socket.socket) -> None:
 
 
 def silent(peer: socket.socket) -> None:
-    """Accepts, and says nothing."""
+    """Accept a connection, and send nothing."""
 
 
 def plain(peer: socket.socket) -> None:
@@ -88,7 +88,7 @@ def test_a_host_that_can_not_be_parsed_leaves_nothing_behind() -> None:
 
 
 def test_an_error_of_an_unwatched_connection_is_a_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replaced adapter does not record a send: then the kind of the error decides."""
+    """A replaced adapter does not record a send, so the type of the error decides."""
 
     class Adapter(requests.adapters.BaseAdapter):
         calls = 0

@@ -1,4 +1,4 @@
-"""Forking while a client is in use: each side goes on with connections and a pace of its own."""
+"""Fork while a client is in use: each process then has its own connections and rate limit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.variant import Simulator
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 
-# In a process of its own: the threads of the test run are no part of this.
+# In its own process, without the threads of the test run.
 BUSY = """
 import os, signal, sys, threading, warnings
 from clore_client import CloreClient

@@ -109,8 +109,8 @@ def test_clocks_that_start_anew(tmp_path: Path) -> None:
         RateLimiter(FileStore(path)).wait(Turn(0.1, spacing=("create_order", 0.1)))
         assert time.monotonic() - started < 1
     paused = load(changed(paused_until=now + 1e6), now)
-    look = paused.look(Turn(0.1, patience=60), now)
-    assert 0 < look.paused <= 3601
+    result = paused.poll(Turn(0.1, patience=60), now)
+    assert 0 < result.paused <= 3601
 
 
 def test_a_file_that_can_not_be_used(
@@ -126,7 +126,7 @@ def test_a_file_that_can_not_be_used(
         warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
         fell_back = [text for text in warnings if "only shared within this process" in text]
         assert len(fell_back) == 1
-        assert "within this process (since 0 s" in client.describe()
+        assert "within this process (for 0 s" in client.describe()
 
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "symlink"])
@@ -149,7 +149,7 @@ def test_what_stands_in_place_of_the_file(sim: Simulator, tmp_path: Path, kind: 
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    """A limit for the size of files stands for the full disk; only its number differs."""
+    """A limit on the file size simulates a full disk; only the error number differs."""
     pid = os.fork()
     if pid == 0:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -188,10 +188,10 @@ def test_a_fork_while_the_file_is_locked(tmp_path: Path) -> None:
                     os._exit(0)
             return 1
 
-    store.apply("look", Forking(0.01))
+    store.apply("poll", Forking(0.01))
     try:
         started = time.monotonic()
-        FileStore(path).apply("look", Turn(0.01))
+        FileStore(path).apply("poll", Turn(0.01))
         assert time.monotonic() - started < 0.3
     finally:
         os.kill(pids[0], signal.SIGKILL)
@@ -227,7 +227,7 @@ def test_a_folder_that_is_removed_meanwhile(sim: Simulator, tmp_path: Path) -> N
 
 
 class Machine:
-    """One machine that calls in a loop, on a schedule of its own, by a clock that is simulated."""
+    """One machine that calls in a loop, with its own schedule and a simulated clock."""
 
     def __init__(self, start: float, calls: int) -> None:
         self.schedule = Schedule()
@@ -236,7 +236,7 @@ class Machine:
         self.turn = Turn(1.1)
 
     def send(self, accepted: bool, now: float) -> None:
-        self.schedule.look(self.turn, now)
+        self.schedule.poll(self.turn, now)
         if accepted:
             self.left -= 1
             if not self.turn.refusals:
@@ -250,7 +250,7 @@ class Machine:
 
 @pytest.mark.parametrize("number", [2, 4, 8])
 def test_machines_without_redis_share_the_api(number: int) -> None:
-    """Together they get 85 % of the ideal, and none less than half a share; two get a bit less."""
+    """Together they get 85 % of the ideal rate, and each at least half of its share."""
     random.seed(7)
     times, shares = [], []
     for _ in range(10):

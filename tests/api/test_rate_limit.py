@@ -22,8 +22,8 @@ from clore_client.api.limiters import FileStore, dump, limiter_for, load
 from clore_client.api.rate_limit import (
     LONGEST_SLEEP,
     DeadlinePassedError,
-    Look,
     PauseTooLongError,
+    PollResult,
     ProcessStore,
     RateLimiter,
     Schedule,
@@ -73,7 +73,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(params=["memory", "file", "redis"])
 def limiter(request: pytest.FixtureRequest, tmp_path: Path) -> Limiter:
-    """Make a limiter; those of a test share one schedule."""
+    """Make a limiter. All limiters of a test share one schedule."""
     if request.param == "memory":
         one = RateLimiter(ProcessStore())
         return lambda: one
@@ -151,7 +151,7 @@ def test_create_orders_are_spaced(make_sim: MakeSim) -> None:
 def test_no_two_requests_are_closer_than_their_intervals(
     wanted: list[tuple[float, bool, bool]],
 ) -> None:
-    """Invariant: between neighbors lies the larger of their two intervals, and nobody is lost."""
+    """Invariant: two sends are apart by the larger of their intervals, and no request is lost."""
     limit = RateLimiter(ProcessStore())
     left: list[tuple[float, float, bool]] = []
     lock = threading.Lock()
@@ -191,28 +191,28 @@ class Game:
         self.wakes[number] = self.now
         self.run_until(self.now)
 
-    def look(self, turn: Turn) -> Look:
+    def poll(self, turn: Turn) -> PollResult:
         if self.client is None:
-            look = self.schedule.look(turn, self.now)
+            result = self.schedule.poll(turn, self.now)
             self.schedule = load(dump(self.schedule), self.now)  # as another process finds it
-            return look
+            return result
         script = REDIS_SCRIPT.replace("redis.call('TIME')", "{ARGV[4], 0}")
         numbers = _numbers(turn, self.now)
-        reply = self.client.eval(script, 1, "game", "look", numbers, REDIS_RULES, self.now)
+        reply = self.client.eval(script, 1, "game", "poll", numbers, REDIS_RULES, self.now)
         granted, seconds, *_ = map(float, reply)
-        return Look(bool(granted), self.now + seconds, 0.0)
+        return PollResult(bool(granted), self.now + seconds, 0.0)
 
     def run_until(self, end: float) -> None:
-        """Let each request look again at its time."""
+        """Let each request poll again at its time."""
         while self.wakes and min(self.wakes.values()) <= end:
             number = min(self.wakes, key=lambda n: self.wakes[n])
             self.now = max(self.now, self.wakes[number])
-            look = self.look(self.turns[number])
-            if look.granted:
-                self.send_times.append((look.at, number))
+            result = self.poll(self.turns[number])
+            if result.granted:
+                self.send_times.append((result.at, number))
                 del self.wakes[number]
             else:
-                self.wakes[number] = min(look.at, self.now + LONGEST_SLEEP)
+                self.wakes[number] = min(result.at, self.now + LONGEST_SLEEP)
         self.now = max(self.now, end)
 
 
@@ -252,7 +252,7 @@ def test_interleavings_with_kills(redis_url: str, kept: str, steps: list[tuple[s
 
 
 def in_line(limit: RateLimiter, name: str, order: list[str], **options: Any) -> threading.Thread:
-    """A thread that waits for a send time, and says so when it has it."""
+    """A thread that waits for a send time, and records when it gets it."""
 
     def wait() -> None:
         with granted(limit, 0.05, **options):
@@ -308,7 +308,7 @@ def test_one_that_is_spaced_lets_others_pass(limiter: Limiter) -> None:
     assert order == ["read", "create"]
 
 
-def test_waiters_look_again_after_a_pause(limiter: Limiter) -> None:
+def test_waiters_poll_again_after_a_pause(limiter: Limiter) -> None:
     order = list[str]()
     with granted(limiter(), 0.1):
         pass
@@ -377,12 +377,12 @@ def test_a_deadline_ends_the_waiting(limiter: Limiter) -> None:
 
 
 def test_a_request_that_waits_no_more_is_skipped(limiter: Limiter) -> None:
-    """As an interrupt or a kill leaves it, at any line between waiting and sending."""
+    """The state after an interrupt or a kill at any line between waiting and sending."""
     with granted(limiter(), 0.2):
         pass
     for _ in range(20):
         gone = Turn(0.2, urgent=True)
-        assert not limiter()._store.apply("look", gone).granted
+        assert not limiter()._store.apply("poll", gone).granted
     started = time.monotonic()
     with granted(limiter(), 0.2):
         pass
@@ -421,12 +421,12 @@ def take_short_turns() -> None:
             pass
 
 
-def look_into_new_queues() -> None:
+def poll_new_queues() -> None:
     for _ in range(20_000):
         assert next_item(queue.SimpleQueue(), 3e-6) is None
 
 
-@pytest.mark.parametrize("work", [take_short_turns, look_into_new_queues])
+@pytest.mark.parametrize("work", [take_short_turns, poll_new_queues])
 def test_short_waits_come_to_an_end(work: Callable[[], None]) -> None:
     """On a busy machine the time of a wait can be over before the wait begins."""
     threads = [threading.Thread(target=work, daemon=True) for _ in range(8)]

@@ -164,7 +164,7 @@ def test_a_redis_that_refuses(
 
 @contextmanager
 def answering(reply: bytes) -> Iterator[int]:
-    """A server that gives the same answer to everything; yields its port."""
+    """A server that sends the same reply to every command; yields its port."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def serve() -> None:

@@ -1,4 +1,4 @@
-"""One API call: retries, what is never sent twice, redirects, secrets, pace."""
+"""One API call: retries, requests that are never sent twice, redirects, secrets, rate limit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from clore_client import (
 from tests.conftest import FAST, RATE_LIMIT, MakeSim, client_for, sent_to
 from tests.variant import Simulator
 
-# What a read gets over: the fault, and how it is made.
+# Faults after which a read is retried: their names, and how they are made.
 HEALED = [
     ("lose_request", {}),
     ("lose_answer", {}),
@@ -49,7 +49,7 @@ HEALED = [
     ("rate_limit", {"html": True}),
     *[("html_502", {"status": status}) for status in (500, 502, 503, 504, 520, 522)],
 ]
-# What leaves the fate of a purchase unknown.
+# Faults after which the outcome of a purchase is unknown.
 PASSWORD = "hunter2hunter2"
 DOUBTFUL = [
     ("lose_request", {}),
@@ -100,7 +100,7 @@ def test_refusals_for_the_rate_limit_have_a_time_limit(
     arrived = [call.arrived for call in sim.requests]
     assert min(b - a for a, b in itertools.pairwise(arrived)) >= 0.5 * RATE_LIMIT
     sim.faults.add("wallets", "rate_limit", times=999)
-    with pytest.raises(RateLimitError, match=r"of the last 20 requests were refused") as caught:
+    with pytest.raises(RateLimitError, match=r"of the last 20 requests hit the API") as caught:
         client_for(sim, max_retries=2, rate_limit_wait=0.5).get_wallets()
     assert re.match(r"Clore API request failed after \d+ retries: ", str(caught.value))
     assert "other programs use this key" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Secrets that an answer repeats, in whatever spelling, stay out of errors and their pickles."""
+"""Secrets that a response repeats, in any encoding, are not in errors or their pickles."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Watchdog:
     The block then ends with an error, which the failure of the watchdog replaces.
 
     Attributes:
-        barked: whether the time was over.
+        barked: whether the time limit was reached.
     """
 
     def __init__(self, server: FaultServer, seconds: float) -> None:

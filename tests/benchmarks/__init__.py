@@ -1,1 +1,1 @@
-"""What the client costs, against requests on its own."""
+"""Measure what the client costs, compared with plain requests."""

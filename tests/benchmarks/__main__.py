@@ -23,7 +23,7 @@ from .rows import Row
 
 
 def _prepare(folder: Path) -> str:
-    """Keep the answers of a simulator as files; returns the key that it gave out."""
+    """Save the responses of a simulator as files, and return its API key."""
     with Simulator(servers=marketplace.SERVERS, rate_limit=0, ssh=False) as sim:
         for name in ("wallets", "marketplace"):
             answer = requests.get(f"{sim.url}/v1/{name}", headers={"auth": sim.api_key}, timeout=30)
@@ -54,7 +54,7 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
 
 
 def main(wanted: list[str]) -> int:
-    """Run it; returns the exit status."""
+    """Run the benchmarks, and return the exit status."""
     if odd := set(wanted) - set(GROUPS):
         sys.exit(f"no such group: {sorted(odd)}; there are {sorted(GROUPS)}")
     missed = 0

@@ -1,6 +1,6 @@
-"""A child that gives prepared answers: the file ``wallets`` of a folder for ``/v1/wallets``.
+"""Send prepared responses: the file ``wallets`` of a folder for ``/v1/wallets``.
 
-It costs next to nothing, and the same for both sides of a comparison.
+It costs almost no time, and the same for both sides of a comparison.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from clore_client.simulator.tls import make_context
 
 
 def prepared(folder: Path) -> dict[bytes, bytes]:
-    """Path of a request -> its whole answer."""
+    """Path of a request -> its whole response."""
     head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=utf-8\r\nContent-Length: "
     answers = {}
     for file in folder.iterdir():
@@ -26,8 +26,8 @@ def prepared(folder: Path) -> dict[bytes, bytes]:
 
 
 def serve(sock: socket.socket, tls: ssl.SSLContext | None, answers: dict[bytes, bytes]) -> None:
-    """Answer the requests of one connection."""
-    # With a delayed ACK between two small writes, its 40 ms would be all that is measured.
+    """Respond to the requests of one connection."""
+    # Otherwise a delayed ACK between two small writes would add 40 ms to each call.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     try:
         with tls.wrap_socket(sock, server_side=True) if tls else sock as connection:
@@ -42,7 +42,7 @@ def serve(sock: socket.socket, tls: ssl.SSLContext | None, answers: dict[bytes, 
 
 
 def listen(folder: Path, tls: ssl.SSLContext | None) -> int:
-    """Serve for ever in a thread; returns the port."""
+    """Serve in a thread without end, and return the port."""
     answers = prepared(folder)
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
 

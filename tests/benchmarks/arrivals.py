@@ -1,4 +1,4 @@
-"""A child with a simulator that tells, when its input ends, what arrived when."""
+"""Run a simulator, and print the arrival times of its requests when the input ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from clore_client.simulator import Simulator
 
 
 def main() -> None:
-    """Print where it listens; at the end, the arrivals and the statuses of the answers."""
+    """Print the address; at the end, the arrival times and the statuses of the responses."""
     with Simulator(servers=1, rate_limit=float(sys.argv[1]), ssh=False) as sim:
         print(json.dumps([sim.url, sim.api_key]), flush=True)
         sys.stdin.read()

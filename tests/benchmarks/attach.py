@@ -1,7 +1,7 @@
-"""Commands on a machine at 100 ms: the first one of a process, and the next one of a rental.
+"""Measure commands on a host at 100 ms: the first one of a process, and a later one of a rental.
 
-The API is as far away as the machine. By hand, the first one is a request with requests, a login
-with paramiko, and ``exec_command``.
+The API has the same latency as the host. The comparison for the first one is a request with
+requests, a login with paramiko, and ``exec_command``.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ RUNS = 15
 
 
 class Place:
-    """The API and the machine, at one distance.
+    """The API and the host, with the same latency.
 
     Parameters:
-        url: of the API.
-        server: the machine; ``port`` is where it is reached.
+        url: the URL of the API.
+        server: the host; ``port`` is its port with the latency.
     """
 
     def __init__(self, url: str, server: Sshd, port: int) -> None:
@@ -82,7 +82,7 @@ def rows() -> Iterator[Row]:
 
 
 def _place(stack: ExitStack, folder: Path, server: Sshd, delay: float) -> Place:
-    """Put the API and the machine at a distance."""
+    """Add a latency to the API and the host."""
 
     def far(port: int) -> int:
         return int(stack.enter_context(child("distance", str(port), str(delay))).read())
@@ -107,7 +107,7 @@ def _first(call: Callable[[], Rental | paramiko.SSHClient]) -> float:
 
 
 def _next(place: Place) -> float:
-    """Return the seconds of a command that is not the first one of its rental."""
+    """Return the seconds for a later command of a rental."""
     rental = place.attach()
     times = []
     for _ in range(RUNS):

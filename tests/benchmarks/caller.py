@@ -1,4 +1,4 @@
-"""A child that calls as fast as it may, and prints when each of its calls ended."""
+"""Call as fast as the rate limit allows, and print when each call ended."""
 
 from __future__ import annotations
 

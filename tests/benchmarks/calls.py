@@ -1,4 +1,4 @@
-"""What one small call costs on a kept-alive connection."""
+"""Measure one small call on a kept-alive connection."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .rows import Row, compare
 
 
 def rows(urls: dict[str, str], key: str) -> Iterator[Row]:
-    """The two lines about ``get_wallets()``."""
+    """Yield the two lines about ``get_wallets()``."""
     headers = {"auth": key}
 
     with requests.Session() as session, _client(urls["http"], key) as client:

@@ -1,4 +1,4 @@
-"""Servers in processes of their own: what they burn must not count as the client's."""
+"""Run servers in child processes, so that their CPU time is not measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class Child:
-    """A module of this package that talks in lines of JSON, until its input ends."""
+    """A child process that reads and writes lines of JSON until its input ends."""
 
     def __init__(self, module: str, *arguments: str) -> None:
         self._process = subprocess.Popen(
@@ -24,17 +24,17 @@ class Child:
         )
 
     def read(self) -> Any:
-        """The next line that it prints."""
+        """Return the next line that it prints."""
         assert self._process.stdout is not None
         return json.loads(self._process.stdout.readline())
 
     def finish(self) -> None:
-        """End its input."""
+        """Close its input."""
         assert self._process.stdin is not None
         self._process.stdin.close()
 
     def stop(self) -> None:
-        """Wait for its end, with a kill for one that does not take the hint."""
+        """Wait until it ends, and kill it if it does not."""
         self.finish()
         try:
             self._process.wait(10)
@@ -47,7 +47,7 @@ class Child:
 
 @contextmanager
 def child(module: str, *arguments: str) -> Iterator[Child]:
-    """Run a module of this package for as long as the block lasts."""
+    """Run a module of this package until the block ends."""
     it = Child(module, *arguments)
     try:
         yield it

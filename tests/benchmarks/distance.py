@@ -1,4 +1,4 @@
-"""A child that puts a distance between a client and a port of this machine."""
+"""Run a proxy that adds a latency to a port of this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.relay import Relay
 
 
 def main() -> None:
-    """Print where it listens; arguments are the port, and the seconds that each way takes."""
+    """Print its port. Arguments: the target port, and the seconds of latency in each direction."""
     with Relay(int(sys.argv[1]), float(sys.argv[2])) as relay:
         print(json.dumps(relay.port), flush=True)
         sys.stdin.read()

@@ -1,4 +1,4 @@
-"""What ``import clore_client`` costs, and what it must not import."""
+"""Measure ``import clore_client``, and check what it must not import."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ print(sum(name in sys.modules for name in names))
 
 
 class _Meter:
-    """A clock that goes on by what the last child told."""
+    """A clock that advances by the time that the last child reported."""
 
     def __init__(self, bytecode: str, first: Path = _ROOT) -> None:
         path = os.pathsep.join(filter(None, [str(first), os.environ.get("PYTHONPATH")]))
@@ -65,7 +65,7 @@ def _against_requests(meter: _Meter, what: str, limit: float) -> Row:
 
 
 def rows() -> Iterator[Row]:
-    """The lines about the import, of the package and of the one file."""
+    """Yield the lines about the import of the package and of the one file."""
     with tempfile.TemporaryDirectory() as bytecode, tempfile.TemporaryDirectory() as folder:
         meter = _Meter(bytecode)
         yield _against_requests(meter, "clore_client", 1.10)

@@ -1,4 +1,4 @@
-"""What 5,000 servers cost, in time and in memory."""
+"""Measure the time and the memory for 5,000 servers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ALL_FILTERS: SearchFilters = {
 
 
 def rows(url: str, key: str) -> Iterator[Row]:
-    """The lines about the marketplace."""
+    """Yield the lines about the marketplace."""
     with requests.Session() as session, CloreClient(key, base_url=url, rate_limit=0) as client:
 
         def find() -> Any:
@@ -74,7 +74,7 @@ def _cpu(what: str, call: Callable[[], Any], peer: Callable[[], Any], limit: flo
 
 
 def _against_sdk(url: str, find: Callable[[], Any]) -> Iterator[Row]:
-    """Yield the line about the official SDK, which answers the same question."""
+    """Yield the line about the official SDK with the same search."""
     try:
         sdk = importlib.import_module(SDK)
     except ImportError:
@@ -116,7 +116,7 @@ def _without_msgspec() -> Iterator[None]:
 
 
 def _peak(call: Callable[[], Any]) -> int:
-    """The most bytes that Python held during a call, above what it held before."""
+    """Return the peak of Python's memory during a call, in bytes above the start."""
     # Not the process's ru_maxrss: a child starts with that of its parent, and the interpreter
     # and its modules, the same on both sides, would hide a part of the difference.
     gc.collect()

@@ -1,4 +1,4 @@
-"""How well many threads with one key keep the pace."""
+"""Measure how well many threads with one key keep the rate limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ THREADS, CALLS, LIMIT, ROUNDS = 8, 5, 0.05, 5
 
 
 def rows() -> Iterator[Row]:
-    """The three lines about the pace: the closest of all rounds, and the median time."""
+    """Yield the three lines: the shortest interval of all rounds, and the median time."""
     measured = [_round() for _ in range(ROUNDS)]
     leave, arrive, refused, whole = zip(*measured, strict=True)
     ideal = (THREADS * CALLS - 1) * LIMIT
@@ -35,7 +35,7 @@ def rows() -> Iterator[Row]:
 
 
 def _round() -> tuple[float, float, int, float]:
-    """The closest departures and arrivals, the number of refusals and the whole time."""
+    """Return the shortest intervals at the send and the arrival, the refusals and the time."""
     with child("arrivals", str(0.9 * LIMIT)) as simulator:
         url, key = simulator.read()
         start = Barrier(THREADS + 1)

@@ -1,4 +1,4 @@
-"""Kill processes at random moments within their reservations, and look at the pace of the rest."""
+"""Kill processes that hold a send time, and measure the request rate of the others."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _work(path: str, log: str) -> None:
 
 
 def main() -> None:
-    """Write when requests left; a victim may be killed before it has written that."""
+    """Write when requests were sent; a process may be killed before it has written that."""
     path, log = sys.argv[1:]
 
     def forked() -> int:

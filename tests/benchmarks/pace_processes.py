@@ -1,4 +1,4 @@
-"""How well processes and machines with one key keep the pace together."""
+"""Measure how well processes and machines with one key share the rate limit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TOTAL = 80  # calls of all processes together
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the simulator saw, and what the processes got."""
+    """The requests that the simulator received, and the results of the processes."""
 
     time: float  # whole time / ideal
     closest: float  # closest arrivals / limit
@@ -197,7 +197,7 @@ def _cost(folder: str) -> float:
 
 @contextlib.contextmanager
 def departures() -> Iterator[list[float]]:
-    """The moments at which a request is handed to its socket."""
+    """Yield the times at which a request is written to its socket."""
     moments: list[float] = []
     send = http.client.HTTPConnection.send
 

@@ -1,4 +1,4 @@
-"""A line of the table, and how two sides are compared."""
+"""Define a line of the table, and compare two sides."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Row:
 
     @property
     def kept(self) -> bool:
-        """Whether the limit is kept."""
+        """Return whether the value is within the limit."""
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def __str__(self) -> str:
@@ -33,9 +33,9 @@ class Row:
 
 
 def timed(call: Callable[[], Any], clock: Clock) -> float:
-    """Seconds that ``call`` takes, until all is freed that it made.
+    """Return the seconds that ``call`` takes, with the time to free its result.
 
-    With what it returns: one side hands out everything, the other has let go of most by then.
+    One side returns all objects; the other has freed most of them before it returns.
     """
     start = clock()
     call()
@@ -50,12 +50,12 @@ def compare(
     rounds: int,
     calls: int,
 ) -> tuple[float, str]:
-    """The median over rounds of ours / peer's, and the medians behind it in milliseconds.
+    """Return the median over rounds of ours / peer's, and both medians in milliseconds.
 
-    In a round both take turns, so that what else the machine does hits both.
+    In each round both run in turns, so that other load on this machine affects both.
     """
     ratios, times = [], []
-    for call in (ours, peer):  # neither pays for the first connection
+    for call in (ours, peer):  # the first connection is not measured
         call()
     for _ in range(rounds):
         gc.collect()

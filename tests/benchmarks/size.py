@@ -1,4 +1,4 @@
-"""Count what a reader of the package has to read; no limits, only the counts."""
+"""Count the lines of the package; there are no limits."""
 
 from __future__ import annotations
 

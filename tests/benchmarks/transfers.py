@@ -1,7 +1,7 @@
-"""Files moved by the client, by OpenSSH's scp and by rsync: the same sshd, in one run.
+"""Compare transfers by the client, by OpenSSH's scp and by rsync, with the same sshd.
 
-The login shell's start-up files are left out of it by the sshd of the tests, which sets HOME to an
-empty folder: they can take longer than a command, and cost both sides other amounts.
+The sshd of the tests sets HOME to an empty folder, so that no start-up files of the login shell
+run: they can take longer than a command, and not the same time for both sides.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .rows import Row
 
 MB = 1024 * 1024
 SMALL_SIZE = 4096  # bytes
-# In memory, where there is such a folder: or the speed of the disk would be measured.
+# In memory, if there is such a folder: otherwise the speed of the disk would be measured.
 SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 DELAY = 0.05  # seconds each way: 100 ms for a round trip
 ROUNDS = 3
@@ -135,7 +135,7 @@ def _row(what: str, ours: Move, peer: Move, source: Path, limit: float, rounds: 
 
 
 def _seconds(move: Move, source: Path) -> float:
-    # A fresh name: to replace a large file costs a tenth of a second of its own.
+    # A new name, because replacing a large file takes a tenth of a second.
     target = source.parent / f"target-{os.urandom(4).hex()}"
     start = time.perf_counter()
     move(source, target)

@@ -1,4 +1,4 @@
-"""Lists of records: a list in every way, and a table where a person looks at it."""
+"""Lists of records: they behave as lists, and print as tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""plot_prices(): what the picture shows, and what it must survive."""
+"""plot_prices(): what the picture shows, also with odd values."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ def test_a_limit_of_the_number_of_orders(make_sim: MakeSim) -> None:
 def test_after_code_1_the_order_of_another_process_is_not_taken(
     make_sim: MakeSim, tmp_path: Path, form: str
 ) -> None:
-    """The other order is not listed yet when this one is sent, and the API answers code 1."""
+    """The other order is not listed yet when this one is sent, and the API returns code 1."""
     sim = make_sim(form=form, visible_after=5.0)
     client = client_for(sim, state_dir=tmp_path)
     client.get_orders()

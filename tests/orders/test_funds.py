@@ -159,7 +159,7 @@ def test_balances_without_rates(make_sim: MakeSim) -> None:
 
 
 def test_get_balance_of_no_currency_names_the_wallets(client: CloreClient) -> None:
-    with pytest.raises(ValueError, match="'EUR' is no currency") as caught:
+    with pytest.raises(ValueError, match="'EUR' is neither a currency") as caught:
         client.get_balance("EUR")
     for name in RATES:
         assert name in str(caught.value)

@@ -1,4 +1,4 @@
-"""Coming back to an order: attach(), start(), keep() with a deadline, from other processes, too."""
+"""attach(), start() and keep() with a deadline, also from other processes."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def test_an_overdue_order_that_has_ended(sim: Simulator, state: Path) -> None:
 def test_cancel_overdue_again_after_it_failed(
     sim: Simulator, state: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    """An error keeps no record locked, and no other order from its end."""
+    """An error leaves no record locked, and does not stop the cancels of other orders."""
     orders = [kept_order(client_for(sim, state_dir=state), max_hours=0.01 / 3600) for _ in "12"]
     sim.end_order(orders[0].id or 0)
     time.sleep(0.2)
@@ -348,7 +348,7 @@ def test_broken_records_of_kept_orders(sim: Simulator, state: Path, content: str
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
 @pytest.mark.parametrize("step", ["before", "between", "after"])
 def test_a_process_that_is_killed_while_it_keeps(sim: Simulator, state: Path, step: str) -> None:
-    """Leave an order to the journal or to the kept ones, and never to both or to none."""
+    """Record an order in the journal or as kept: never both, and never neither."""
     orders_module: Any = importlib.import_module("clore_client.rental.orders")
 
     pid = os.fork()

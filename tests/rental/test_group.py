@@ -1,4 +1,4 @@
-"""rent_many(): servers side by side, all or at least some, and given back together."""
+"""rent_many(): several servers at once, a minimum count, and one end for all."""
 
 from __future__ import annotations
 

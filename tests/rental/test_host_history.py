@@ -1,4 +1,4 @@
-"""Hosts that disappointed are tried last for a day, and those that worked first on demand."""
+"""Hosts that failed are tried last for a day; with prefer_known, hosts that worked are first."""
 
 from __future__ import annotations
 

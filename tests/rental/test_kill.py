@@ -45,7 +45,7 @@ sys.stdin.readline()
 
 
 class Child:
-    """A process that rents, and prints what it does."""
+    """A process that rents, and prints each step."""
 
     def __init__(self, sim: Simulator, code: str, folder: Path) -> None:
         environment = {

@@ -298,7 +298,7 @@ def test_after_code_1_the_next_server_is_tried(sim: Simulator, tmp_path: Any) ->
 def test_after_code_1_the_order_of_somebody_else_stays(
     make_sim: MakeSim, tmp_path: Any, where: str, form: str
 ) -> None:
-    """The API answers code 1 for a server that a plain create_order() has just rented."""
+    """The API responds with code 1 for a server that a plain create_order() has just rented."""
     sim = make_sim(form=form)
     state = tmp_path / "state" / "clore-client"
     client = hooked(sim)

@@ -721,7 +721,7 @@ def test_a_bad_value_of_env_is_not_shown() -> None:
     assert "hunter2" not in str(caught.value)
 
 
-# --- servers that hang, lie or break off ---
+# --- servers that hang, send invalid data or close the connection ---
 
 
 @contextlib.contextmanager

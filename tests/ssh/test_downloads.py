@@ -1,4 +1,4 @@
-"""Downloads that leave the usual path: links, copies of them, and what lies there already."""
+"""Downloads with symlinks, copies of their targets, and existing local files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def client() -> CloreClient:
 
 @pytest.fixture(params=["a shell", "SFTP"])
 def far(request: pytest.FixtureRequest, client: CloreClient, tmp_path: Path) -> Iterator[Far]:
-    """A folder of a machine, which is this one, with a shell or without."""
+    """A folder of a host, which is this machine, with a shell or without."""
     folder = tmp_path / "far"
     folder.mkdir()
     options = "PasswordAuthentication no\n"

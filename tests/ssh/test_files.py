@@ -1,4 +1,4 @@
-"""Files as people use them: slashes, parents, unchanged files, patterns, previews, rsync itself."""
+"""Transfers: slashes, parents, unchanged files, patterns, previews, and rsync_command()."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def client() -> CloreClient:
 def far(
     request: pytest.FixtureRequest, client: CloreClient, sshd: Sshd, tmp_path: Path
 ) -> Iterator[Far]:
-    """A machine with a shell, and one with SFTP only."""
+    """Yield a host with a shell, and one with SFTP only."""
     if request.param == "sftp":
         with host(client, tmp_path / "host", "sftp") as only_sftp:
             yield only_sftp
@@ -84,7 +84,7 @@ def test_a_slash_means_the_content_and_twice_is_as_once(far: Far, here: Path) ->
 
 
 def test_as_rsync_does(far: Far, here: Path) -> None:
-    """The same trees as rsync makes of the same arguments, where it can make them."""
+    """The results are those of rsync with the same arguments, where rsync supports them."""
     tree(here / "data", "a", "sub/b")
     for source in ("data", "data/", "data/sub", "data/sub/", "data/.", "data/a"):
         for target in ("new", "new/", "old", "old/"):

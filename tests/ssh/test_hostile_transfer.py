@@ -1,4 +1,4 @@
-"""Machines that lie: nothing outside of the target is touched, and every wait has an end."""
+"""Hostile hosts: nothing outside of the target is changed, and every wait ends."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from tests.hostile import ESCAPES, HostileServer
 from tests.sshd import Sshd
 
 FILE, FOLDER, LINK = b"81a4", b"41ed", b"a1ff"  # modes, as stat prints them
-TOKEN = b"{the token}"  # stands for what a script asks to be echoed
+TOKEN = b"{the token}"  # a placeholder for the mark that a script prints
 Says = Callable[[str, Any], Any]
 
 
 class Asked:
-    """What a client's script is, as it is read from its channel."""
+    """The script of a client, as it is read from its channel."""
 
     def __init__(self, command: str) -> None:
         found = re.search(r"(?:= |echo )([0-9a-f]{16})\b", command)
@@ -73,7 +73,7 @@ WHOLE = a_file(b"5 0 644")
 def says(
     answers: dict[str, bytes], status: int = 0, hang: bool = False, reads: bool = True
 ) -> Says:
-    """Answer each verb with those bytes; others with nothing."""
+    """Respond to each verb with these bytes, and to others with nothing."""
 
     async def run(command: str, process: Any) -> None:
         asked = Asked(command)
@@ -99,7 +99,7 @@ def entries(*found: tuple[bytes, int, bytes], times: int = 1700000000) -> bytes:
 
 
 def archive(*members: tuple[str, bytes], kind: bytes = b"0", link: str = "") -> bytes:
-    """A tar archive of those names and contents."""
+    """Return a tar archive with these names and contents."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for member, content in members:
@@ -112,7 +112,7 @@ def archive(*members: tuple[str, bytes], kind: bytes = b"0", link: str = "") -> 
 def listing(
     *found: tuple[bytes, int, bytes], tar: bytes | None = None, then: bytes | None = None
 ) -> dict[str, bytes]:
-    """A directory, and the archive of what is asked for of it."""
+    """A directory, and the archive of the requested files."""
     if tar is None:
         tar = archive(
             *[(os.fsdecode(name), b"12345"[:size]) for kind, size, name in found if kind == FILE]
@@ -137,7 +137,7 @@ def endless(first: bytes, piece: bytes) -> Says:
 
 
 def leaves(text: bytes, abort: bool = False) -> Says:
-    """Say that much, and close the channel, or the connection; no exit status."""
+    """Send these bytes, and close the channel or the connection without an exit status."""
 
     async def run(command: str, process: Any) -> None:
         asked = Asked(command)
@@ -330,14 +330,14 @@ def snapshot(folder: Path) -> dict[str, Any]:
             status = os.lstat(path)
             kind = stat.S_IFMT(status.st_mode)
             text = Path(path).read_bytes() if stat.S_ISREG(status.st_mode) else b""
-            # A temporary name was in these, and has gone.
+            # These folders contained a temporary name, which was removed.
             times = 0 if entry in ("inner", "target") else status.st_mtime_ns
             found[path] = (kind, status.st_mode, status.st_size, times, text)
     return found
 
 
 def surroundings(root: Path) -> Path:
-    """A folder in which the target is to be, with things around it to be left alone."""
+    """A folder for the target, with entries around it that must not change."""
     for place in ("x", "inner/x", "inner/target/x", "inner/sub/x"):
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).write_text("mine")
@@ -346,7 +346,7 @@ def surroundings(root: Path) -> Path:
 
 @contextlib.contextmanager
 def small_limits() -> Iterator[None]:
-    """What is refused for its size is so early: the test is to be fast."""
+    """Data that is too large is refused early, so the test is fast."""
     with contextlib.ExitStack() as stack:
         for module, limit, value in (
             (download, "MAX_ANSWER", 10**6),
@@ -358,7 +358,7 @@ def small_limits() -> Iterator[None]:
 
 
 def violations() -> list[str]:
-    """Run every attack; what any of them achieved."""
+    """Run every attack, and return what any of them achieved."""
     cases = [
         (kind, what, target)
         for kind, attacks in (("download", DOWNLOADS), ("upload", UPLOADS))
@@ -370,7 +370,7 @@ def violations() -> list[str]:
 
 
 def violation(kind: str, what: str, target: str) -> str:
-    """Run one; empty where it achieved nothing."""
+    """Run one attack; the result is empty if it achieved nothing."""
     attack = (DOWNLOADS if kind == "download" else UPLOADS)[what]
     with tempfile.TemporaryDirectory() as root, HostileServer(attack) as server:
         inner = surroundings(Path(root))
@@ -448,6 +448,28 @@ def test_a_machine_that_hangs(here: Path, hang_at: str) -> None:
     assert os.listdir(here) == ["x"]
 
 
+def test_a_server_without_the_extension_to_replace_files(tmp_path: Path, here: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (here / "tree").mkdir()
+
+    class PlainRename(asyncssh.SFTPServer):
+        def __init__(self, chan: Any) -> None:
+            super().__init__(chan, chroot=os.fsencode(tmp_path / "far"))
+
+        def posix_rename(self, old: bytes, new: bytes) -> None:
+            raise asyncssh.SFTPOpUnsupported("not here")
+
+    client, options = CloreClient(state_dir=None), {"password": "x", "wait": 5}
+    with HostileServer(says({"upload": b"no lacks tar\n"}), sftp=PlainRename) as server:
+        for text in ("first", "second"):
+            (here / "file").write_text(text)
+            (here / "tree" / "file").write_text(text)
+            client.upload(server.order(), here / "file", "/file", **options)
+            client.upload(server.order(), here / "tree", "/", **options)
+            assert (tmp_path / "far" / "file").read_text() == text
+            assert (tmp_path / "far" / "tree" / "file").read_text() == text
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [
@@ -486,7 +508,7 @@ def test_odd_answers_of_sftp(tmp_path: Path, here: Path, how: str, said: str) ->
 
 
 def test_names_are_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Control characters may stand in a name; where it is shown, they are escaped."""
+    """A name may have control characters; they are escaped where it is shown."""
     odd = b"a" + ESCAPES + b"\nb"
     answers = listing((FILE, 5, b"./" + odd), (LINK, 1, b"./l" + odd))
     caplog.set_level(logging.DEBUG, "clore_client")
@@ -539,14 +561,14 @@ def test_noise_of_start_up_files_is_skipped(tmp_path: Path) -> None:
 
 
 def test_kinds_that_change_places(tmp_path: Path) -> None:
-    """A folder where a file of ours is, and the other way round."""
+    """A folder in the place of a local file, and the reverse."""
     inner = surroundings(tmp_path)
     (inner / "target" / "far").mkdir()
     before = snapshot(tmp_path)
     client = CloreClient(state_dir=None)
     options: dict[str, Any] = {"password": "x", "wait": 5}
     with HostileServer(says(listing(X))) as server:
-        with pytest.raises(TransferError, match="no directory"):
+        with pytest.raises(TransferError, match="not a directory"):
             client.download(server.order(), "far", inner / "x", **options)
         (inner / "target" / "far" / "x").mkdir()
         with pytest.raises(TransferError, match="something else"):
@@ -559,7 +581,7 @@ def test_kinds_that_change_places(tmp_path: Path) -> None:
 
 
 def test_what_is_kept_for_later_is_not_the_target(here: Path) -> None:
-    """With resume=True, what came in part may stay beside the target; nothing else does."""
+    """With resume=True, partial data may stay beside the target; nothing else does."""
     options: dict[str, Any] = {"password": "x", "wait": 5, "timeout": 0.5, "resume": True}
     client = CloreClient(state_dir=None)
     block = bytes(BLOCK)
@@ -574,14 +596,14 @@ def test_what_is_kept_for_later_is_not_the_target(here: Path) -> None:
             {"look": b"f 100000 0 644\n", "get": rest + digest + b"100000 0 644\n",
              "digests": ZEROS}
         )  # fmt: skip
-        # There is something to go on from: not what the machine says it is.
+        # There is partial data to resume from, which differs from what the host says.
         with pytest.raises(TransferError, match="SHA-256"):
             client.download(server.order(), "f", here / "z", **options)
     assert os.listdir(here) == []
 
 
 async def take_nothing(process: Any, how: str) -> None:
-    """As a machine that has begun, and then reads no more from the channel, or the connection."""
+    """A host that starts, and then stops reading from the channel or the connection."""
     if how == "connection":
         process.channel.get_connection()._transport.pause_reading()
 
@@ -607,7 +629,7 @@ def test_a_machine_that_takes_nothing(here: Path, how: str) -> None:
 def test_more_than_the_window_allows(
     here: Path, stream: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is not read is not kept without a limit: the connection ends."""
+    """Unread data has a limit, at which the connection ends."""
     monkeypatch.setattr(download, "DATA_WINDOW", 2**20)
     passed = threading.Event()
 
@@ -645,7 +667,7 @@ def test_the_path_that_a_machine_tells_is_data(here: Path) -> None:
     assert sent.path.isprintable()
 
 
-# --- an honest machine, on which a file changes meanwhile ---
+# --- a correct host, on which a file changes during the transfer ---
 
 
 @pytest.mark.parametrize("change", ["grow", "shrink", "rewrite", "remove"])
@@ -692,11 +714,11 @@ def test_a_file_that_changes_there_meanwhile(
     assert not (here / "new").exists()
 
 
-# --- honest machines, whose details had been wrong once ---
+# --- correct hosts: regressions ---
 
 
 def test_a_merge_leaves_the_modes_of_what_is_there(sshd: Sshd, tmp_path: Path, here: Path) -> None:
-    """A private folder of ours stays private, unless preserve=True says otherwise."""
+    """A private local folder stays private, unless preserve=True."""
     client = CloreClient(state_dir=None)
     far = tmp_path / "far"
     (far / "sub").mkdir(parents=True)
@@ -758,7 +780,7 @@ def test_a_folder_that_is_named_as_a_home(sshd: Sshd, tmp_path: Path, here: Path
 
 
 def test_what_cannot_be_read_there_is_named(tmp_path: Path, here: Path) -> None:
-    """As tar says it, where a file does not come."""
+    """The message of tar if a file is missing."""
 
     async def run(command: str, process: Any) -> None:
         process.stderr.write(b"tar: ./x: Permission denied\n")
@@ -772,7 +794,7 @@ def test_what_cannot_be_read_there_is_named(tmp_path: Path, here: Path) -> None:
 
 
 def test_hashes_of_odd_names() -> None:
-    """Not every sha256sum escapes newlines; all names are as harmless as none."""
+    """Not every sha256sum escapes newlines; no name can break the parser."""
     one, two = b"1" * 64, b"2" * 64
     text = one + b"  ./a\rb\nc\n\\" + two + b"  ./d\\ne\n"
     assert scripts.parse_digests(text, 2) == [one.decode(), two.decode()]
@@ -784,7 +806,7 @@ def test_hashes_of_odd_names() -> None:
 def test_ctrl_c_does_not_wait_for_a_machine_that_hangs(
     here: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even to remove what is there."""
+    """Not even to remove existing entries."""
     monkeypatch.setattr(transfer, "LAST_PATIENCE", 0.3)
     monkeypatch.setattr(remote_script, "LAST_PATIENCE", 0.3)
     pressed: list[bool] = []

@@ -1,4 +1,4 @@
-"""Hosts as they really are: each login shell, busybox, dropbear, SFTP only."""
+"""Real kinds of hosts: each login shell, busybox, dropbear, SFTP only."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEYS_ONLY = "PasswordAuthentication no"
 SHELLS = ("bash", "dash", "zsh", "fish", "tcsh")
 START_UP = {"bash": ".bashrc", "zsh": ".zshenv", "fish": ".config/fish/config.fish",
             "tcsh": ".tcshrc"}  # fmt: skip
-# It prints, goes elsewhere, reads, waits, and names other programs as ours.
+# It prints, changes the directory, reads, waits, and sets aliases for the tools of the scripts.
 TROUBLE = {
     "tcsh": 'echo hi\ncd /\nset x = "$<"\nsleep 0.2\nalias tar false\nalias sh false\n',
     "fish": "echo hi\necho more >&2\ncd /\nread x\nsleep 0.2\nalias tar false\nalias sh false\n",
@@ -50,7 +50,7 @@ def client() -> CloreClient:
 
 @contextlib.contextmanager
 def host(client: CloreClient, folder: Path, kind: str) -> Iterator[Far]:
-    """A host of that kind, and a folder of it that is also one here; ``root`` is its name there."""
+    """A host of a kind, and a folder that both sides can see; ``root`` is its path on the host."""
     folder.mkdir(exist_ok=True)
     place = folder / "far"
     place.mkdir()
@@ -82,7 +82,7 @@ def host(client: CloreClient, folder: Path, kind: str) -> Iterator[Far]:
 
 @contextlib.contextmanager
 def busybox(client: CloreClient) -> Iterator[Far]:
-    """A whole userland of busybox, as in an Alpine image."""
+    """All tools of busybox, as in an Alpine image."""
     root = Path(f"/run/clore-busybox-{secrets.token_hex(4)}")  # a chroot is not below /tmp
     for name in ("bin", "dev", "home", "far", "tmp"):
         (root / name).mkdir(parents=True)
@@ -124,7 +124,7 @@ def check_all(far: Far, here: Path, slow: bool = False) -> None:
     far.up(here / odd, there)
     assert (far.folder / odd).read_bytes() == b"x"
     source = make_tree(here / "source")
-    if slow:  # names that are no UTF-8 are more than paramiko's SFTP can list
+    if slow:  # paramiko's SFTP can't list names that are not UTF-8
         bad = [os.path.join(os.fsencode(source), b"sub", n) for n in ODD if b"\xff" in n]
         for path in bad:
             os.remove(path)
@@ -197,7 +197,7 @@ def test_hosts_without_one(
         caplog.clear()
         (here / "x").write_bytes(b"x")
         far.up(here / "x", far.folder / "x")
-        assert caplog.text.count("over SFTP, which is slower") == 1
+        assert caplog.text.count("uses SFTP, which is slower") == 1
 
 
 @pytest.mark.parametrize("kind", sorted(START_UP))
@@ -228,7 +228,7 @@ def test_start_up_files_make_no_difference(
 def test_a_start_up_file_that_reads_everything(
     client: CloreClient, tmp_path: Path, here: Path, reads: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing can be sent to a shell then: that is noticed, and SFTP needs none."""
+    """The shell reads no input then: the client detects that, and uses SFTP."""
     (here / "one").write_bytes(content(5 * MB))
     make_tree(here / "tree")
     for path in [*(here / "tree" / "sub").iterdir()]:  # what SFTP can't list, and what takes long
@@ -239,14 +239,14 @@ def test_a_start_up_file_that_reads_everything(
     with running_sshd(tmp_path / "sshd") as server:
         (server.folder / "home" / ".bashrc").write_text(f"echo hi\n{reads}\n")
         far = Far(client, server.order(), place, key_path=server.key)
-        # Nothing has to be sent for a file to come.
+        # The client need not send anything to receive a file.
         (place / "two").write_bytes(content(3 * MB))
         far.down(place / "two", here / "two")
         assert (here / "two").read_bytes() == content(3 * MB)
         assert "SFTP" not in caplog.text
         far.up(here / "one", place / "one", timeout=4)
         assert (place / "one").read_bytes() == content(5 * MB)
-        assert caplog.text.count("go over SFTP, which is slower: a start-up file") == 1
+        assert caplog.text.count("uses SFTP, which is slower: a start-up file") == 1
         for resume in (False, True):
             far.up(inside(here / "tree"), place / "tree", resume=resume, timeout=4)
             far.down(inside(place / "tree"), here / "back", resume=resume, timeout=4)
@@ -336,7 +336,7 @@ def test_permissions_are_never_widened(far: Far, here: Path) -> None:
 @pytest.mark.parametrize("wrong", ["link to a folder", "link to a file", "folder", "file"])
 @over_both
 def test_a_tree_stays_in_its_place(far: Far, here: Path, wrong: str) -> None:
-    """What stands in the way is an error before anything is moved, and nothing goes elsewhere."""
+    """An obstacle is an error before anything is moved, and nothing is written elsewhere."""
     (here / "tree" / "sub").mkdir(parents=True)
     for name in ("first", "name", "sub/inner"):
         (here / "tree" / name).write_text("new")
@@ -410,7 +410,7 @@ def test_what_is_no_place_for_a_file(far: Far, here: Path) -> None:
 @over_both
 @pytest.mark.parametrize("how", ["skip", "copy", "follow"])
 def test_symlinks_in_a_tree(far: Far, here: Path, how: str) -> None:
-    """As in a virtual environment, or a cache; those that lead out of it stay behind."""
+    """As in a virtual environment or a cache; symlinks that lead out of it are left out."""
     source = here / "source"
     (source / "lib" / "inner").mkdir(parents=True)
     (source / "lib" / "inner" / "file").write_text("text")

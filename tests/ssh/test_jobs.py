@@ -510,12 +510,12 @@ def test_a_host_that_was_started_anew(job_host: JobHost) -> None:
     job = job_host.start(f"sleep {number}", name="x")
     until(lambda: sleeping(number))
     note = job_host.home / ".clore/jobs/x/pid"
-    pid, born, boot, began = note.read_text().split()
-    note.write_text(f"{pid} {born} other/1 {began}\n")
+    pid, ticks, boot, began = note.read_text().split()
+    note.write_text(f"{pid} {ticks} other/1 {began}\n")
     assert job_host.job("x").status == "lost"
     job_host.job("x").stop()  # the pid belongs to another process: nothing is killed
     assert sleeping(number)
-    note.write_text(f"{pid} {born} {boot} {began}\n")
+    note.write_text(f"{pid} {ticks} {boot} {began}\n")
     job.stop()
 
 
@@ -580,8 +580,8 @@ def test_the_number_of_another_process(job_host: JobHost) -> None:
     other = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
         folder = job_host.home / ".clore/jobs/x"
-        _, born, boot, began = (folder / "pid").read_text().split()
-        (folder / "pid").write_text(f"{other.pid} {int(born) - 1} {boot} {began}\n")
+        _, ticks, boot, began = (folder / "pid").read_text().split()
+        (folder / "pid").write_text(f"{other.pid} {int(ticks) - 1} {boot} {began}\n")
         (folder / "exit").write_text("-\n")
         assert job_host.job("x").status == "killed"
         job_host.job("x").stop()
@@ -607,7 +607,7 @@ EVIL = b"\x1b[2J\x1b]0;owned\x07"
 def test_a_hostile_host(
     client: CloreClient, answer: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each wrong answer is an error of the job, and its text is escaped for a terminal."""
+    """Each invalid reply is an error of the job, and its text is escaped for a terminal."""
     monkeypatch.setattr("clore_client.ssh.jobs.JOB_TIMEOUT", 1.0)
     monkeypatch.setattr("clore_client.ssh.jobs.RECONNECT_PAUSE", 0.01)
     verbs = ("job", "jobs", "tail", "follow", "stop", "remove")
@@ -640,3 +640,36 @@ def test_dropbear_that_is_cut(client: CloreClient, tmp_path: Path) -> None:
         threading.Timer(0.7, relay.cut).start()
         threading.Timer(0.9, relay.mend).start()
         assert collected(job) == (0, ["1", "2", "3"])
+
+
+def test_a_host_without_a_shell(client: CloreClient, tmp_path: Path) -> None:
+    with host(client, tmp_path, "sftp") as far:
+        login: dict[str, Any] = {"key_path": far.login["key_path"]}
+        calls: list[Any] = [lambda: client.start(far.order, "true", **login),
+                            lambda: client.jobs(far.order, **login),
+                            lambda: client.job(far.order, "x", **login)]  # fmt: skip
+        for call in calls:
+            with pytest.raises(JobError, match="the host runs no shell"):
+                call()
+
+
+def test_a_quiet_job_behind_a_link_that_often_breaks(
+    client: CloreClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("clore_client.ssh.jobs.RECONNECT_PAUSE", 0.05)
+    with running_sshd(tmp_path / "sshd") as sshd, Relay(sshd.port) as relay:
+        plain = JobHost(client, sshd.order(), tmp_path, key_path=sshd.key)
+        command = f"cd {tmp_path}; until [ -e end ]; do sleep 0.1; done"
+        job = plain.through(relay).start(command, name="x")
+
+        def cut_often() -> None:
+            for _ in range(6):
+                time.sleep(1.5)
+                relay.cut()
+                relay.mend()
+            (tmp_path / "end").touch()
+
+        cutting = threading.Thread(target=cut_often)
+        cutting.start()
+        assert collected(job) == (0, [])
+        cutting.join()

@@ -121,7 +121,7 @@ def test_what_is_wrong_with_a_passphrase(client: CloreClient, tmp_path: Path) ->
     generate(encrypted, passphrase="right")
     for key, given, said in (
         (encrypted, None, "is encrypted: give passphrase="),
-        (encrypted, "guessed", "passphrase is not the one of .*encrypted"),
+        (encrypted, "guessed", "passphrase is not the right one for .*encrypted"),
         (plain, "superfluous", "passphrase: .*plain' is not encrypted"),
         (None, "of no key", "passphrase is for the key of key_path"),
         (encrypted, "", "passphrase must not be empty"),
@@ -181,7 +181,7 @@ def test_default_keys_and_the_agent(
 ) -> None:
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     with pytest.raises(
-        SSHError, match=r"nothing to log in to .* with: pass password= or key_path="
+        SSHError, match=r"no password or key to log in to .* was found: pass password= or key_path="
     ):
         client.connect_ssh(host.order(), wait=300)
     default = tmp_path / "home" / ".ssh" / "id_ed25519"
@@ -223,7 +223,7 @@ def test_half_a_login_is_none(tmp_path: Path) -> None:
 
 
 def test_half_a_login_with_a_password(tmp_path: Path, user: tuple[str, str]) -> None:
-    """For half a login, paramiko returns as for a complete one."""
+    """After a partial login, paramiko returns as after a complete one."""
     client = CloreClient("key", state_dir=tmp_path / "state")
     with running_sshd(tmp_path / "m", f"{ASK_MORE} password,publickey") as server:
         server.user = user[0]
@@ -283,7 +283,7 @@ class Asking(paramiko.ServerInterface):
 
 
 class Odd(Asking):
-    """A server that sends invalid messages, in place of the answer to a login or later."""
+    """A server that sends invalid messages, in place of the reply to a login or later."""
 
     def __init__(self, kind: int, in_login: bool) -> None:
         super().__init__(correct="secret" if not in_login else "another")
@@ -375,7 +375,7 @@ def leave(transport: Any, _: Any) -> bool:
     [(refuse, "refused the login with .*; it accepts: hostbased"), (leave, "closed the connect")],
 )
 def test_a_refusal_before_the_login_has_arrived(host: Sshd, instead: Any, said: str) -> None:
-    """The refusal and the login cross on the way: it is a refusal, and final."""
+    """The refusal arrives while the login is sent: it is a refusal, and not retried."""
     client = CloreClient("key", state_dir=None, rate_limit=0, backoff=0.01)
     with RawServer(AtRequest(instead, server_side.AUTH_FAILED).talk) as server:
         for login in ({"key_path": host.key}, {"password": "secret"}) * 20:
@@ -607,7 +607,7 @@ def test_the_users_configuration_of_openssh(
         threads = threading.active_count()
         assert works(client, host, **config)
         until(lambda: threading.active_count() <= threads)
-        with pytest.raises(SSHError, match=r"nothing to log in to|refused the login"):
+        with pytest.raises(SSHError, match=r"no password or key to log in|refused the login"):
             works(client, host, key_path=None)
     with pytest.raises(SSHError, match="jump host"):
         works(client, host, **config)
@@ -628,7 +628,7 @@ def test_a_dead_link_is_noticed(
     client: CloreClient, host: Sshd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A connection on which nothing arrives ends; an idle one that is alive stays."""
-    for name, seconds in (("KEEPALIVE_LOOK", 0.1), ("KEEPALIVE", 0.3), ("DEAD_AFTER", 1.5)):
+    for name, seconds in (("SILENCE_CHECK", 0.1), ("KEEPALIVE", 0.3), ("DEAD_AFTER", 1.5)):
         monkeypatch.setattr(inside(f"ssh.transport.{name}"), seconds)
     with Relay(host.port) as relay:
         order = host.order()
@@ -646,7 +646,7 @@ def test_a_dead_link_is_noticed(
 
 def test_dead_links_are_noticed_within_45_seconds() -> None:
     longest = [pkgutil.resolve_name(inside(f"ssh.transport.{name}")) for name in (
-        "DEAD_AFTER", "KEEPALIVE_LOOK")]  # fmt: skip
+        "DEAD_AFTER", "SILENCE_CHECK")]  # fmt: skip
     assert sum(longest) < 45
 
 
@@ -838,7 +838,7 @@ def test_pins_that_cannot_be_read_are_not_replaced(host: Sshd, tmp_path: Path) -
 
 
 def test_a_full_disk(host: Sshd, tmp_path: Path) -> None:
-    """The disk is as good as full: no file may be longer than ten bytes."""
+    """Simulate a full disk: no file may be longer than ten bytes."""
     script = (
         "import resource, sys; from clore_client import *\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"

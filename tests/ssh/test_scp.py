@@ -1,4 +1,4 @@
-"""scp() against hosts that cheat, under ``python -O`` too; and against honest ones."""
+"""scp() with hostile hosts, also under ``python -O``, and with correct ones."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def ssh(server: HostileServer) -> Iterator[paramiko.SSHClient]:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """An empty folder; in tmp_path is the test's home."""
+    """Return an empty folder; the home of the test is in tmp_path."""
     (tmp_path / "place").mkdir()
     return tmp_path / "place"
 
@@ -80,7 +80,7 @@ def unprotected(ssh: paramiko.SSHClient, attack: Attack) -> Any:
 def violations(
     server: HostileServer, ssh: paramiko.SSHClient, attack: Attack, make: Make = hardened
 ) -> list[str]:
-    """What an attack has achieved: without asserts, so that it also tells under -O."""
+    """Return what an attack has achieved, without asserts, so that it works under -O."""
     with tempfile.TemporaryDirectory() as folder:
         around = Path(os.path.realpath(folder))
         target = furnish(around)
@@ -104,7 +104,7 @@ def violations(
 
 
 def furnish(around: Path) -> Path:
-    """A target with all kinds of entries, and around it what must stay as it is."""
+    """A target with all kinds of entries, and entries around it that must not change."""
     for name in ("work", "beside", "target/inner"):
         (around / name).mkdir(parents=True)
     target = around / "target"
@@ -141,7 +141,7 @@ def snapshot(around: Path) -> dict[str, tuple[Any, ...]]:
 def changes(
     before: dict[str, tuple[Any, ...]], after: dict[str, tuple[Any, ...]], attack: Attack
 ) -> list[str]:
-    """What changed, but for a partial file within the target under a name that was asked for."""
+    """Return what changed, except a partial file in the target with a requested name."""
     asked = attack.ask if isinstance(attack.ask, list) else [attack.ask]
     found = [f"{name!r} is gone" for name in before if name not in after]
     for name, (mode, changed, content) in after.items():
@@ -214,7 +214,7 @@ def test_all_attacks_under_python_o(part: int) -> None:
 def test_these_attacks_work_on_plain_scp(
     server: HostileServer, ssh: paramiko.SSHClient, name: str, outcome: str
 ) -> None:
-    """So the tests above can fail."""
+    """Check that the tests above can fail."""
     found = violations(server, ssh, ATTACKS[name], unprotected)
     assert any(outcome in what for what in found), found
 
@@ -222,7 +222,7 @@ def test_these_attacks_work_on_plain_scp(
 def test_permissions_and_times_from_a_host(
     server: HostileServer, ssh: paramiko.SSHClient, place: Path
 ) -> None:
-    """Nothing runs as its owner, and no folder shuts its owner out while it is written to."""
+    """No file is setuid, and each folder stays writable for its owner during the transfer."""
     server.run = scp_source(
         b"T1000 0 2000 0\n", b"D7000 0 x\n", b"T1 0 2 0\n", b"C7777 5 f\n", b"owned\0", b"E\n"
     )
@@ -251,7 +251,7 @@ def test_the_folder_that_was_named_keeps_its_permissions(
 def test_records_in_pieces_and_together(
     server: HostileServer, ssh: paramiko.SSHClient, place: Path
 ) -> None:
-    """A packet is no record: a line may come byte by byte, or with others."""
+    """A packet is not a record: a line may arrive byte by byte, or with other lines."""
 
     async def drip(command: str, process: Any) -> None:
         for piece in (b"D07", b"55 0 ", b"x\nC0644 3", b" f\nab", b"c", b"\0C0644 0 g\n\0E", b"\n"):
@@ -304,7 +304,7 @@ def test_a_shell_that_prints_a_welcome(
 def test_a_transfer_after_one_that_failed(
     server: HostileServer, ssh: paramiko.SSHClient, place: Path
 ) -> None:
-    """Nothing is left of the first: no time, and no folder whose time is to be set."""
+    """No state of the first transfer is left: no time, and no folder whose time is to be set."""
     client = guarded_scp(ssh)
     server.run = scp_source(b"T1 0 1 0\n", b"D0755 0 x\n", b"T1 0 1 0\n", b"\1no\n")
     with pytest.raises(TransferError):
@@ -427,7 +427,7 @@ def test_a_host_that_hangs_after_the_login(hang_at: str, place: Path) -> None:
 
 
 def test_a_socket_that_takes_no_more(place: Path) -> None:
-    """The window is open, and the server reads nothing: paramiko alone would wait for ever."""
+    """The window is open, but the server reads nothing: paramiko alone would wait forever."""
 
     async def deaf(command: str, process: Any) -> None:
         process.stdout.write(YES + YES)
@@ -442,7 +442,7 @@ def test_a_socket_that_takes_no_more(place: Path) -> None:
 
 
 def test_a_flood_beyond_the_window(place: Path) -> None:
-    """paramiko keeps whatever comes; here while nobody reads."""
+    """paramiko keeps all received data, here while nothing reads it."""
 
     async def flood(command: str, process: Any) -> None:
         process.stdout.write(YES)
@@ -479,13 +479,13 @@ NAMES = [
 
 
 class Host:
-    """An honest one.
+    """A correct SSH server.
 
     Attributes:
-        folder, far: an empty folder of it on this machine, and what it calls that.
-        names: those that its scp can take. asyncssh's refuses a backslash, drops spaces at the
-            start, and takes every path for a pattern.
-        several: whether its scp sends more than one path at once. asyncssh's does not.
+        folder, far: an empty folder on this machine, and its path on the host.
+        names: the names that its scp accepts. That of asyncssh refuses a backslash, drops spaces
+            at the start, and treats every path as a pattern.
+        several: whether its scp can send more than one path at once. That of asyncssh can't.
     """
 
     def __init__(
@@ -619,7 +619,7 @@ def test_contents_without_the_folder(host: Host, place: Path) -> None:
 
 
 def test_a_file_that_grows_while_it_is_sent(host: Host, place: Path) -> None:
-    """As a log file does: what it held at first arrives."""
+    """A file grows as a log does: its first content is received."""
     path = place / "log"
     path.write_bytes(b"z" * 500_000)
     client = guarded_scp(host.ssh, progress=lambda *_: os.truncate(path, 900_000))
@@ -725,7 +725,7 @@ def test_bad_arguments(ssh: paramiko.SSHClient, place: Path) -> None:
 
 
 def test_the_inner_methods_of_scp() -> None:
-    """The guard stands around these; checked with scp 0.15 and 0.16."""
+    """The guard replaces these methods; checked with scp 0.15 and 0.16."""
     for name in ("_open", "_recv_file", "_recv_pushd", "_recv_popd", "_set_time", "_send_files",
                  "_send_file"):  # fmt: skip
         assert callable(getattr(plain_scp.SCPClient, name))

@@ -70,7 +70,7 @@ class Terminal:
         os.write(self.near, keys.encode())
 
     def expect(self, text: str, seconds: float = 20) -> None:
-        """Read until a text has come, and drop what came up to its end."""
+        """Read until a text has arrived, and drop the output up to its end."""
         deadline = time.monotonic() + seconds
         while text.encode() not in self.text:
             left = deadline - time.monotonic()

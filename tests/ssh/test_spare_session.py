@@ -1,4 +1,4 @@
-"""Test the session that is opened in advance: it saves a round trip, and is never one too many."""
+"""Test the session that is opened in advance: it saves a round trip, within the host's limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Moving data: whole or not at all, whatever the names, the sizes and the network."""
+"""Transfers are complete or fail, for all names, sizes and network faults."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def client() -> CloreClient:
 
 
 class Far:
-    """A machine to copy to and from, and a folder there that is also one here."""
+    """A host to copy to and from, and a folder that both sides can see."""
 
     def __init__(self, client: CloreClient, order: Any, folder: Path, **login: Any) -> None:
         self.client, self.order, self.folder, self.login = client, order, folder, login
         self.home = Path()
-        self.root: Path | None = None  # what the folder is called there, if otherwise
+        self.root: Path | None = None  # the path of the folder on the host, if it differs
 
     def up(self, local: Any, remote: Any, **options: Any) -> Any:
         return self.client.upload(self.order, local, remote, **self.login, **options)
@@ -59,7 +59,7 @@ class Far:
 
 @pytest.fixture
 def far(client: CloreClient, sshd: Sshd, tmp_path: Path) -> Far:
-    """A folder of the real sshd's machine, which is this one."""
+    """A folder on the host of the real sshd, which is this machine."""
     folder = tmp_path / "far"
     folder.mkdir()
     return Far(client, sshd.order(), folder, key_path=sshd.key)
@@ -287,7 +287,7 @@ def test_permissions_in_a_directory_that_exists(far: Far, here: Path, preserve: 
 
 
 def test_into_a_directory_that_exists(far: Far, here: Path) -> None:
-    """As with cp -r: it is put into it; what is there and not sent stays."""
+    """As with cp -r, the directory is put into the target; other entries stay."""
     make_tree(here / "data")
     (far.folder / "data" / "sub").mkdir(parents=True)
     (far.folder / "data" / "sub" / "plain").write_bytes(b"old")
@@ -358,7 +358,7 @@ def test_what_is_not_there(far: Far, here: Path) -> None:
     with pytest.raises(TransferError, match="is a directory"):
         far.down(far.folder / "plain", here)
     (here / "file").write_bytes(b"stays")
-    with pytest.raises(TransferError, match="no directory"):
+    with pytest.raises(TransferError, match="not a directory"):
         far.down(far.folder / "file", here)
     assert (here / "file").read_bytes() == b"stays"
     assert (far.folder / "plain").read_bytes() == b"stays"
@@ -416,13 +416,25 @@ def test_max_bytes(far: Far, here: Path) -> None:
     (far.folder / "tree" / "b").write_bytes(b"12345")
     far.down(far.folder / "file", here / "file", max_bytes=5)
     for name, most in (("file", 4), ("tree", 9)):
-        with pytest.raises(TransferError, match=f"max_bytes is {most}"):
+        with pytest.raises(TransferError, match=f"max_bytes is {most}") as caught:
             far.down(far.folder / name, here / "x", max_bytes=most)
+        assert caught.value.total == most + 1
     assert os.listdir(here) == ["file"]
 
 
+def test_zeros_that_several_channels_write(client: CloreClient, sshd: Sshd, tmp_path: Path) -> None:
+    """A dd that leaves a hole sets the size of the file, which others write at the same time."""
+    (tmp_path / "zeros").write_bytes(bytes(8 * MB))
+    with Relay(sshd.port, 0.011) as relay:
+        slow = through(relay, Far(client, sshd.order(), tmp_path, key_path=sshd.key))
+        for number in range(6):
+            target = tmp_path / f"copy{number}"
+            slow.up(tmp_path / "zeros", target, resume=True)
+            assert target.stat().st_size == 8 * MB
+
+
 def test_a_full_disk(far: Far, here: Path) -> None:
-    """A limit on the size of files stands for it: here, and for the shell there."""
+    """A limit on the file size simulates it, on this machine and for the host's shell."""
     (here / "a").write_bytes(content(3 * MB))
     (far.folder / "far").write_bytes(content(3 * MB))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -491,7 +503,7 @@ def test_a_lost_connection_leaves_nothing(far: Far, here: Path, relay: Relay) ->
 
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little is on its way: what was counted has nearly arrived."""
+    """Little data is in flight: the counted bytes have nearly all arrived."""
     monkeypatch.setattr(download, "DATA_WINDOW", 2**18)
 
 
@@ -516,7 +528,7 @@ def test_little_is_sent_again(
     client: CloreClient, sshd: Sshd, tmp_path: Path, here: Path, direction: str, what: str,
     protocol: str,
 ) -> None:  # fmt: skip
-    """At most 5 % of what had arrived, or what is always sent ahead, at random points."""
+    """At most 5 % of the received data is sent again, or the data sent ahead; at random points."""
     size = 24 * MB
     (tmp_path / "far").mkdir()
     with contextlib.ExitStack() as stack:
@@ -635,7 +647,7 @@ def test_two_processes_do_not_resume_the_same(far: Far, here: Path) -> None:
 
 
 def test_a_machine_that_takes_few_connections(far: Far, here: Path, relay: Relay) -> None:
-    """Further ones are refused: it goes on with the first."""
+    """Further channels are refused: it continues with the first."""
     relay.most = 1
     (here / "a").write_bytes(content(20 * MB))
     through(relay, far).up(here / "a", far.folder / "b", streams=4)

@@ -87,7 +87,7 @@ def echo(peer: socket.socket) -> None:
 
 
 def answer(port: int, data: bytes) -> bytes:
-    """Send data and the end of the stream; return the answer."""
+    """Send data and the end of the stream; return the reply."""
     with connect(port) as sock:
 
         def send() -> None:
@@ -134,7 +134,7 @@ def test_fifty_at_once(ssh: paramiko.SSHClient) -> None:
 
 
 def test_half_close_of_this_side(ssh: paramiko.SSHClient) -> None:
-    """The service answers only after the end of its input."""
+    """The service responds only after the end of its input."""
     with tcp_service(lambda peer: peer.sendall(b"%d" % len(all_of(peer)))) as port:
         with Forward(ssh, port) as local:
             assert answer(local, b"x" * MB) == b"%d" % MB
@@ -380,7 +380,7 @@ pytestmark = pytest.mark.internal
 
 
 class Service:
-    """A web service that answers with each status of a list, and repeats the last one."""
+    """A web service that responds with each status of a list, and repeats the last one."""
 
     def __init__(self, context: ssl.SSLContext | None = None, port: int = 0) -> None:
         self.statuses = [200]
@@ -515,7 +515,8 @@ def test_a_server_that_sends_slowly_without_end(
 def test_a_port_over_ssh(client: CloreClient, sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # not for a forwarded port
     port = free_port()
-    with pytest.raises(WaitTimeoutError, match=f"port {port} of the host within 0.3s"):
+    said = f"port {port} of the host within 0.3s, the last result: the connection was refused"
+    with pytest.raises(WaitTimeoutError, match=said):
         client.wait_for_http(sshd.order(), port=port, timeout=0.3, key_path=sshd.key)
     with Service() as service:
         service.statuses = [502, 404]
@@ -530,7 +531,7 @@ def test_a_port_over_ssh(client: CloreClient, sshd: Sshd, monkeypatch: pytest.Mo
 
 
 def test_a_port_that_speaks_something_else(client: CloreClient, sshd: Sshd) -> None:
-    with pytest.raises(WaitTimeoutError, match=r"the last answer: .*SSH-2"):
+    with pytest.raises(WaitTimeoutError, match=r"the last result: .*SSH-2"):
         client.wait_for_http(sshd.order(), port=sshd.port, timeout=0.2, key_path=sshd.key)
 
 

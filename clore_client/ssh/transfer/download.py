@@ -66,12 +66,12 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
 
 
 def _download(transfer: Transfer, part: LocalPart) -> list[FileEntry]:
-    """Download with the host's shell, or else over SFTP; return the files that came."""
+    """Download with the host's shell, or else over SFTP; return the files that were received."""
     try:
         with Download(transfer, part) as receiver:
             return _receive_all(transfer, part, receiver)
     except NoShellError as error:
-        logger.warning("files come over SFTP, which is slower: %s", error)
+        logger.warning("the download uses SFTP, which is slower: %s", error)
         transfer.restart()
         with sftp_session(transfer) as remote:
             return _receive_all(transfer, part, SftpDownload(transfer, part, remote))
@@ -98,8 +98,8 @@ def _receive_all(
 class Download:
     """Download with the host's shell; a context manager.
 
-    The script LOOK lists what there is, and sends a file that is not large. Workers receive large
-    files in ranges; small ones come in a tar stream.
+    The script LOOK lists a directory, or sends a single file that is not large. Workers receive
+    large files in ranges; small ones are received in a tar stream.
     """
 
     def __init__(self, transfer: Transfer, part: LocalPart) -> None:
@@ -123,7 +123,7 @@ class Download:
         self._transfer.join_workers()
 
     def look(self) -> FileEntry | RemoteTree:
-        """Return what the source is."""
+        """Return the source: the entry of a file, or the tree of a directory."""
         transfer = self._transfer
         look = self._look = transfer.script(
             transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
@@ -305,7 +305,7 @@ class Download:
             received[name] = entry
         for entry in wanted.values():
             with about(entry):
-                raise SSHError(f"it did not come: {get.refused()}")
+                raise SSHError(f"it was not received: {get.refused()}")
 
     def _take_member(
         self, get: RemoteScript, entry: FileEntry, info: Any, received: dict[bytes, FileEntry]
@@ -315,7 +315,7 @@ class Download:
         elif info.islnk() and entry.kind == "f":
             original = received.get(os.fsencode(info.linkname).removeprefix(b"./"))
             if original is None:
-                raise SSHError("it is a hard link to what was not requested")
+                raise SSHError("it is a hard link to a file that was not requested")
             shutil.copyfile(self._part.place(original), self._part.place(entry))
             self._part.note(entry, 0, entry.size)
             self._transfer.moved(entry, entry.size)

@@ -132,7 +132,7 @@ def parse_stat(line: bytes) -> FileEntry:
 
 
 def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
-    """Check that a file is the same as before, or has grown: its start has arrived then."""
+    """Check that a file is the same as before, or has only grown; its start is then valid."""
     same_or_longer = (
         now is not None
         and now.kind == "f"
@@ -181,11 +181,11 @@ class Tree:
 
 
 class RemoteTree(Tree):
-    """The entries of a directory on a host, checked.
+    """Check and hold the entries of a directory on a host.
 
     Attributes:
         root: the directory itself.
-        odd: what is neither a file nor a directory nor a symlink.
+        odd: the entries that are neither a file nor a directory nor a symlink.
     """
 
     def __init__(self, excludes: Excludes | None = None) -> None:
@@ -223,7 +223,7 @@ class RemoteTree(Tree):
 
 def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> RemoteTree:
     """Read the output of the shell function ``list``, of at most so many entries."""
-    # A name may hold a line end: an entry begins where mode, size, time and "./" stand.
+    # A name may contain a line end, so an entry begins only at a mode, a size, a time and "./".
     pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
     line = re.compile(pattern + rb"(?=[0-9a-f]{1,8} [0-9]{1,18} -?[0-9]{1,19} \./|\Z)", re.S)
     tree = RemoteTree(excludes)
@@ -288,7 +288,7 @@ def same_files(
 
 
 class LocalTree(Tree):
-    """The files, directories and symlinks to upload, and what is left out.
+    """Find the files, directories and symlinks to upload, and those that are left out.
 
     Attributes:
         mode, mtime: of ``path`` itself; ``mtime`` in nanoseconds.

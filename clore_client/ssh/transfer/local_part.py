@@ -38,7 +38,7 @@ Different = Callable[[list[FileEntry]], list[FileEntry]]
 
 
 class LocalPart:
-    """Keep the temporary file or directory of a download, and a record of what has arrived.
+    """Keep the temporary file or directory of a download, and a record of the received data.
 
     Attributes:
         target: the final path.
@@ -107,7 +107,7 @@ class LocalPart:
         return end
 
     def clear(self) -> None:
-        """Remove what has arrived, and its record."""
+        """Remove the received data, and its record."""
         self._remove()
         self.done = {}
         if self._record is not None:
@@ -148,10 +148,10 @@ class LocalPart:
         target = self.target
         above = os.path.dirname(os.path.abspath(target))
         if os.path.lexists(above) and not os.path.isdir(above):
-            raise NotADirectoryError(f"local is no directory: {above!r}")
+            raise NotADirectoryError(f"local is not a directory: {above!r}")
         if folder:
             if os.path.lexists(target) and not os.path.isdir(target):
-                raise NotADirectoryError(f"local is no directory: {target!r}")
+                raise NotADirectoryError(f"local is not a directory: {target!r}")
             return
         if os.path.isdir(target):
             raise IsADirectoryError(f"local is a directory: {target!r}")
@@ -188,11 +188,11 @@ class LocalPart:
             self.open(single).close()
 
     def target_of(self, entry: FileEntry) -> str:
-        """Return where an entry goes in the end."""
+        """Return the final path of an entry."""
         return os.path.join(self.target, checked_name(entry.name)) if entry.name else self.target
 
     def installed(self, entry: FileEntry) -> FileEntry | None:
-        """Return what the target already has in the place of a file."""
+        """Return the entry that already exists at the final path of a file, or None."""
         try:
             found = os.lstat(self.target_of(entry))
         except OSError:
@@ -265,9 +265,9 @@ def merge_into(part: Path, target: str, entries: list[FileEntry], preserve: bool
         place = os.path.join(target, checked_name(entry.name))
         shown = printable(os.fsdecode(entry.name), 300)
         if os.path.islink(place) and entry.kind == "d":
-            raise SSHError(f"local holds a symlink in the place of {shown}")
+            raise SSHError(f"local has a symlink in the place of {shown}")
         if os.path.lexists(place) and os.path.isdir(place) != (entry.kind == "d"):
-            raise SSHError(f"local holds something else in the place of {shown}")
+            raise SSHError(f"local has something else in the place of {shown}")
     umask = local_umask()
     for entry in entries:
         name = checked_name(entry.name)
@@ -285,7 +285,7 @@ def merge_into(part: Path, target: str, entries: list[FileEntry], preserve: bool
 
 
 def write_piece(file: Any, piece: bytes) -> None:
-    """Write a piece, unless it is all zeros and nothing else is there: sparse files stay sparse."""
+    """Write a piece, but skip zeros where the file has only zeros: sparse files stay sparse."""
     if piece[0] == 0 == piece[-1] and piece == ZEROS[: len(piece)]:
         start = file.tell()
         there = file.read(len(piece))  # shorter at the end of the file
@@ -330,7 +330,7 @@ def begin_tree(
     links = [entry for entry in kept if entry.kind == "l"]
     transfer.total = sum(entry.size for entry in tree.files)
     part.accept(tree.files, folder=True)
-    if not links or options.symlinks != "follow":  # else all that a symlink leads to is needed
+    if not links or options.symlinks != "follow":  # a followed symlink may need unchanged files
         same = same_files(tree.files, options, part.installed, different)
         tree.drop_files(same)
         transfer.unchanged = len(same)

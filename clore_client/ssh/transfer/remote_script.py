@@ -27,7 +27,7 @@ from clore_client.ssh.transport import (
     connection_errors,
 )
 
-DATA_WINDOW = 32 * 1024 * 1024  # bytes on their way to us on one channel: 320 MB/s at 100 ms
+DATA_WINDOW = 32 * 1024 * 1024  # bytes in flight on one channel: 320 MB/s at 100 ms
 MAX_NOISE = 65536  # bytes that start-up files may print
 MAX_LINE = 65536  # bytes
 SHELL_PATIENCE = 20.0  # seconds for a login shell to start a script
@@ -249,7 +249,7 @@ class RemoteScript:
     def _receive(self, most: int) -> bytes:
         if not self._buffer:
             try:
-                # All that there is: paramiko copies the rest of its buffer with every read.
+                # Read everything at once: paramiko copies the rest of its buffer with every read.
                 self._buffer = memoryview(self.channel.recv(DATA_WINDOW))
             except connection_errors():
                 raise SSHError("the connection broke") from None

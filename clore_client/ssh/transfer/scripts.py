@@ -7,7 +7,7 @@ import re
 from clore_client.errors import SSHError
 from clore_client.validation import short_repr
 
-DIFFERS = "SHA-256 differs: what had arrived is removed"
+DIFFERS = "SHA-256 differs: the received data was removed"
 MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing, or of digests
 
 # Precedes each script. Relative paths count from the home directory, even if a start-up file
@@ -41,7 +41,7 @@ command -v ${sha%% *} >/dev/null || no "lacks sha256sum"
   no "lacks a dd with iflag=fullblock"
 stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
 """
-# Sets $f to the target and $p to the temporary name beside it; $r records what has arrived.
+# Sets $f to the target and $p to the temporary name beside it; $r records the received data.
 TARGET = r"""
 case $f in /*) ;; *) f=$PWD/${f#./};; esac
 if [ "$kind" = d ]; then
@@ -51,7 +51,7 @@ else case $f in */) f=$f$name;; esac; fi
 f=${f%/}; f=${f:-/}
 if [ -h "$f" ] && [ ! -d "$f" ]; then
   [ "$follow" = 1 ] || no "$f is a symlink: remove it, or pass symlinks='follow'"
-  f=$(readlink -f "$f") || no "$f is a symlink to nowhere"
+  f=$(readlink -f "$f") || no "$f is a broken symlink"
 fi
 d=${f%/*}; d=${d:-/}
 if [ ! -d "$d" ] && [ "$look" = 0 ]; then
@@ -60,7 +60,7 @@ fi
 if [ "$kind" = f ]; then
   [ ! -d "$f" ] || no "$f is a directory"
   [ ! -e "$f" ] || [ -f "$f" ] || no "$f is neither a file nor a directory"
-else [ ! -e "$f" ] || [ -d "$f" ] || no "$f is no directory"; fi
+else [ ! -e "$f" ] || [ -d "$f" ] || no "$f is not a directory"; fi
 p=${d%/}/.clore-part-$token
 r=$p.done
 """
@@ -71,7 +71,7 @@ CONTROL = (
     + TARGET
     + r"""
 u=$(umask); umask 077
-# With resume, two uploads may share the temporary name: only the one that began last may go on.
+# With resume, two uploads may share the temporary name: only the last one that began may continue.
 make() {
   if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi || return 1
   [ "$keep" = 0 ] || echo "$owner" >"$o"

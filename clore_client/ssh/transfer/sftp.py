@@ -98,7 +98,7 @@ class RemoteFiles:
         return posixpath.normpath(posixpath.join(home, path)) + b"/" * path.endswith(b"/")
 
     def look(self, path: bytes, follow: bool = True) -> FileEntry | None:
-        """Return what a path is, or None if it does not exist."""
+        """Return the entry at a path, or None if it does not exist."""
         try:
             return _entry(b"", self.sftp.stat(path) if follow else self.sftp.lstat(path))
         except FileNotFoundError:
@@ -110,7 +110,7 @@ class RemoteFiles:
         return "" if found is None else found.kind
 
     def tree(self, path: bytes, excludes: Excludes | None = None) -> RemoteTree:
-        """Return what a path is, and what is below it."""
+        """Return the entry at a path, and all entries below it."""
         tree, found = RemoteTree(excludes), self.look(path)
         if found is not None:
             tree.add(found)
@@ -129,7 +129,7 @@ class RemoteFiles:
                 self._walk(top, entry.name, tree, level + 1)
 
     def _listed(self, folder: bytes) -> list[FileEntry]:
-        """Return what is in a directory."""
+        """Return the entries of a directory."""
         # Read the whole listing before the next request: paramiko requests some of it ahead.
         listed = list(itertools.islice(self.sftp.listdir_iter(folder), MAX_LISTED + 1))
         if len(listed) > MAX_LISTED:
@@ -166,7 +166,7 @@ class RemoteFiles:
         return digest.hexdigest()
 
     def differs(self, entry: FileEntry, path: bytes, here: str | Path) -> bool:
-        """Return whether a file has another SHA-256 than a local one."""
+        """Return whether the SHA-256 of a file differs from that of a local file."""
         return self.digest(path, entry.size) != file_digest(here, 0, entry.size)
 
     def make_folders(self, folder: bytes) -> None:
@@ -430,7 +430,7 @@ class SftpUpload:
         remote.replace(part, target)
 
     def _check_place(self, entry: FileEntry, place: bytes) -> None:
-        """Check what stands in the place of an entry before anything is installed."""
+        """Check what exists in the place of an entry, before any file is moved there."""
         kind = self._remote.kind(place, follow=False)
         if kind == "l" and entry.kind != "l":
             if self._options.symlinks != "follow":

@@ -63,7 +63,8 @@ from clore_client.validation import (
 
 MAX_STREAMS = 16
 SYMLINK_WAYS = ("skip", "copy", "follow")
-# From so many bytes on, so many connections are worth their logins.
+# (size in bytes, connections): from this size on, more connections save more time than their logins
+# cost.
 UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
 CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its work to the others
 LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
@@ -72,7 +73,7 @@ RANGE = 64 * 1024 * 1024  # bytes that are requested or hashed at a time, within
 
 
 class TransferOptions:
-    """The arguments of a transfer, checked."""
+    """Check the arguments of a transfer."""
 
     def __init__(
         self, local: Any, remote: Any, *, preserve: Any = False, verify: Any = False,
@@ -115,7 +116,7 @@ class TransferOptions:
 
 
 class DownloadOptions(TransferOptions):
-    """The arguments of a download, checked, and its target.
+    """Check the arguments of a download, and find its target.
 
     Attributes:
         target: the path to write a file to: inside ``local`` if that is a directory or is named as
@@ -155,7 +156,7 @@ def check_path(name: str, value: Any) -> bytes:
 
 
 class UploadOptions(TransferOptions):
-    """The arguments of an upload, checked."""
+    """Check the arguments of an upload."""
 
     def __init__(
         self, local: Any, remote: Any, *, preview: Any = False, delete: Any = False, **given: Any
@@ -208,7 +209,7 @@ class Transfer:
         total: bytes to transfer, once they are known.
         unchanged: the number of files that are left out, as they are the same.
         deletes: the names that only the target has, or None.
-        skipped: (name, reason) of what is left out.
+        skipped: (name, reason) for each entry that is left out.
         timeout: seconds without anything sent or received.
         near: whether one channel is as fast as several.
         takes_turns: whether no script may start while another one of the connection ends.
@@ -273,7 +274,7 @@ class Transfer:
     def ahead(self, confirmed: int) -> float:
         """Return how many bytes an upload may send beyond those that the host has confirmed.
 
-        They are what a cut of the connection can lose.
+        A broken connection can lose these bytes.
         """
         if not self.options.resume:
             return float("inf")
@@ -298,7 +299,7 @@ class Transfer:
         return running
 
     def stop(self, but: RemoteScript | None = None) -> None:
-        """End all scripts ``but`` one; wait less for what is still to be cleaned up."""
+        """End all scripts except ``but``, and shorten the timeouts for the cleanup."""
         self.stopped.set()
         self.timeout = min(self.timeout, LAST_PATIENCE)
         with self._lock:
@@ -312,7 +313,7 @@ class Transfer:
         self, ranges: Iterable[tuple[FileEntry, int, int]],
         place: Callable[[FileEntry], str | Path], setup: str = "", **values: Any,
     ) -> Iterator[FileEntry]:  # fmt: skip
-        """Yield the files of which a range (file, start, size) has another SHA-256 on the host.
+        """Yield the file of each range (file, start, size) whose SHA-256 on the host differs.
 
         Parameters:
             place: returns the local path of a file.
@@ -422,7 +423,7 @@ class Transfer:
         return printable(os.fsdecode(entry.name) if entry.name else self.name)
 
     def leave_out(self, name: bytes, why: str) -> None:
-        """Note and log what is not transferred."""
+        """Record and log an entry that is not transferred."""
         self.skipped.append((printable(os.fsdecode(name)), printable(why)))
         logger.warning("left out: %s, %s", *self.skipped[-1])
 
@@ -440,7 +441,7 @@ class Transfer:
         if self._expired:
             why = f"it took longer than deadline={self.options.deadline:g} seconds"
         if self.options.resume and done:
-            why += "; what has arrived is kept for resume=True"
+            why += "; the received data is kept for resume=True"
         text = f"{printable(name, 300)} was not transferred, after {done} of {total} bytes: {why}"
         return TransferError(text, name=name, done=done, total=total)
 

@@ -58,8 +58,8 @@ from clore_client.ssh.transfer.transfer import (
 )
 from clore_client.ssh.transport import NoChannelError, connection_errors
 
-# sshd has a window of 2 MB for each channel, and allows ten channels on a connection: far from the
-# host, more channels make an upload faster.
+# sshd has a window of 2 MB for each channel, and allows ten channels on a connection. If the round
+# trip is long, more channels make an upload faster.
 UPLOAD_CHANNELS = 8
 RESUMABLE_CHANNELS = 2
 MAX_UNCONFIRMED = 1000  # portions; the answers to all of them fit in the window of a channel
@@ -88,7 +88,7 @@ def _upload(transfer: Transfer, tree: LocalTree) -> bytes:
         except (NoShellError, NoChannelError) as error:
             transfer.restart()
             if careful or isinstance(error, NoShellError):
-                logger.warning("files go over SFTP, which is slower: %s", error)
+                logger.warning("the upload uses SFTP, which is slower: %s", error)
                 with sftp_session(transfer) as remote:
                     return _compare_and_send(transfer, tree, SftpUpload(transfer, tree, remote))
             careful = True
@@ -103,7 +103,7 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
     by_name = there.by_name
     deletes: list[bytes] = []
     if options.delete is not False:
-        transfer.deletes = deletes = _only_there(tree, by_name, options)
+        transfer.deletes = deletes = _extra_names(tree, by_name, options)
     same = same_files(tree.files, options, lambda e: by_name.get(e.name), sender.different)
     tree.drop_files(same)
     transfer.unchanged = len(same)
@@ -116,10 +116,10 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
     return path
 
 
-def _only_there(tree: LocalTree, there: dict[bytes, FileEntry], options: Any) -> list[bytes]:
+def _extra_names(tree: LocalTree, there: dict[bytes, FileEntry], options: Any) -> list[bytes]:
     """Return the names that only the target has, deepest first.
 
-    What ``exclude`` matches, or was left out here, is not among them.
+    Names that match ``exclude``, or that the upload left out, are not returned.
     """
     here = {entry.name for entry in tree.entries}
     left_out = {name for name, _ in tree.left_out}
@@ -178,13 +178,13 @@ class Upload:
         return self._transfer.script(self._transfer.pool.ssh, text)
 
     def listing(self) -> tuple[bytes, RemoteTree]:
-        """Return the path of the target, and what is there."""
+        """Return the path of the target, and its entries."""
         with self._script("look", LIST_TARGET) as script:
             path = script.answer(b"target")
             return path, parse_listing(script.until(self._token, MAX_ANSWER), MAX_FILES)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
-        """Return those of the files whose content differs there."""
+        """Return those of the files whose content differs on the host."""
         ranges = [(entry, 0, entry.size) for entry in files]
         return list(self._different(ranges, "path=$f\n"))
 
@@ -247,7 +247,7 @@ class Upload:
         )  # fmt: skip
 
     def _tidy(self) -> None:
-        """Let the host remove what has arrived, and wait until it has done so."""
+        """Let the host remove the received data, and wait until it has done so."""
         if self._control is None:
             return
         self._control.end()
@@ -292,7 +292,7 @@ class Upload:
         if (transfer.near and options.streams is None) or options.resume:
             connections = 1
         self._workers = min(len(self._left), connections * channels)
-        # What several workers write is read back there, and compared.
+        # If several workers write a file, the host reads it again, and digests are compared.
         self._hashes = options.verify or options.resume or self._workers > 1
         transfer.start_workers(connections, self._workers, self._work)
 
@@ -389,7 +389,7 @@ class Upload:
             self._transfer.count(entry, size)
 
     def _check_tree(self, control: RemoteScript) -> None:
-        """Compare the names and sizes of what has arrived."""
+        """Compare the names and sizes of the received files."""
         control.send(b"list\nsync\n")
         text = control.until(self._token, MAX_ANSWER)
         there = parse_listing(text, len(self._tree.entries) * 2 + 100).by_name
@@ -397,9 +397,9 @@ class Upload:
             found = there.get(entry.name)
             with about(entry):
                 if found is None:
-                    raise SSHError("it is not there")
+                    raise SSHError("it is missing on the host")
                 if (found.kind, found.size) != (entry.kind, entry.size):
-                    raise SSHError(f"it has {found.size} bytes there")
+                    raise SSHError(f"it has {found.size} bytes on the host")
 
     def _set_modes(self, control: RemoteScript) -> None:
         """Set modes and times of large files and directories, the deepest first."""
