@@ -459,7 +459,8 @@ def test_a_server_without_the_extension_to_replace_files(tmp_path: Path, here: P
         def posix_rename(self, old: bytes, new: bytes) -> None:
             raise asyncssh.SFTPOpUnsupported("not here")
 
-    client, options = CloreClient(state_dir=None), {"password": "x", "wait": 5}
+    client = CloreClient(state_dir=None)
+    options: dict[str, Any] = {"password": "x", "wait": 5}
     with HostileServer(says({"upload": b"no lacks tar\n"}), sftp=PlainRename) as server:
         for text in ("first", "second"):
             (here / "file").write_text(text)

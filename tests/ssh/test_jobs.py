@@ -663,8 +663,8 @@ def test_a_quiet_job_behind_a_link_that_often_breaks(
         job = plain.through(relay).start(command, name="x")
 
         def cut_often() -> None:
-            for _ in range(6):
-                time.sleep(1.5)
+            for _ in range(4):
+                time.sleep(1.2)
                 relay.cut()
                 relay.mend()
             (tmp_path / "end").touch()
