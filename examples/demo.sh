@@ -1,6 +1,6 @@
 #!/bin/sh
 # The main job against the embedded simulator: find the cheapest RTX 4090, rent it, wait, run
-# nvidia-smi over SSH, give it back. Costs nothing and touches nothing outside this folder.
+# nvidia-smi over SSH, cancel the order. Costs nothing and touches nothing outside this folder.
 set -eu
 cd "$(dirname "$0")/.."
 

@@ -1,4 +1,4 @@
-"""Rent the cheapest RTX 4090, run nvidia-smi on it, and give it back, whatever happens.
+"""Rent the cheapest RTX 4090, run nvidia-smi on it, and cancel the order in any case.
 
 export CLORE_API_KEY=...
 python rent_cheapest.py ["RTX 4090" [most USD per hour]]
@@ -25,7 +25,7 @@ def main(gpu: str = "RTX 4090", max_usd: str = "1.0") -> None:
                 print(rental.run("nvidia-smi").stdout, flush=True)
         except RentalError as error:
             sys.exit(f"no {gpu} under {max_usd} USD per hour: {error}")
-        print(f"given back; it has cost about {rental.cost_usd:.4f} USD")
+        print(f"order cancelled; it cost about {rental.cost_usd:.4f} USD")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Bid for a GPU on the spot market a little over the minimum, raise the bid, and give it back.
+"""Bid for a GPU on the spot market a little over the minimum, raise the bid, and cancel the order.
 
 export CLORE_API_KEY=...
 python spot_order.py ["RTX 3090" [most USD per hour]]
@@ -25,7 +25,7 @@ def main(gpu: str = "RTX 3090", max_usd: str = "0.5") -> None:
             print(f"order {order.id} is {order.status}; bid raised to {bid * 1.02:.4f}")
         finally:
             client.cancel_order(order["order_id"])
-            print(f"order {order['order_id']} is given back")
+            print(f"order {order['order_id']} is cancelled")
 
 
 if __name__ == "__main__":

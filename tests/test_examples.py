@@ -240,7 +240,7 @@ def test_the_picture_in_the_readme_is_of_a_whole_run() -> None:
     assert "(examples/session.svg)" in README
     picture = (ROOT / "examples" / "session.svg").read_text("utf-8")
     texts = ["".join(element.itertext()) for element in ElementTree.fromstring(picture)[-1]]
-    for part in ("$ python rent_cheapest.py", "NVIDIA-SMI", "given back; it has cost"):
+    for part in ("$ python rent_cheapest.py", "NVIDIA-SMI", "order cancelled; it cost"):
         assert any(part in text for text in texts), part
 
 
