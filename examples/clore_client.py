@@ -14008,7 +14008,8 @@ LEAST_PATIENCE = 5.0  # seconds for a login or an answer, even if less time is l
 MAX_TAIL = 8 * 1024 * 1024  # bytes
 MAX_PORTION = 1048576  # bytes of output after one size
 MAX_JOBS = 10_000
-MOST_USELESS_TRIES = 3  # consecutive connections without any output of the job
+MOST_USELESS_TRIES = 3  # consecutive connections without output that end at once
+LEAST_USEFUL = 0.5  # seconds from the first message to the end of a useful connection
 RECONNECT_PAUSE = 1.0  # the fewest seconds between two connections
 # A name, its state, its exit code or "-", and the time of its start.
 _JOB_STATE = r"(running|exited|killed|lost) (-|[0-9]{1,3}) ([0-9]{1,12})"
@@ -14320,7 +14321,7 @@ class JobOutput:
         self._name = name
         self._deadline = deadline
         self._skip = skip
-        self._heard = False  # on the current connection
+        self._heard_at = math.inf  # when the current connection got its first message
         self.size = 0
         self.state: JobState | None = None
 
@@ -14334,7 +14335,7 @@ class JobOutput:
         useless = 0
         failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
         while self.state is None:
-            began, self._heard = time.monotonic(), False
+            began, size, self._heard_at = time.monotonic(), self.size, math.inf
             try:
                 yield from self._received()
             except (JobError, HostKeyChangedError):
@@ -14346,7 +14347,9 @@ class JobOutput:
                 if self._time_left() <= 0:
                     raise self._too_late(f"it may still run ({reason(error)})") from error
                 lasted = time.monotonic() - began
-                useless = 0 if self._heard else useless + 1
+                # Otherwise, a host that ends each script at once would cause an endless loop.
+                useful = self.size > size or time.monotonic() - self._heard_at > LEAST_USEFUL
+                useless = 0 if useful else useless + 1
                 if no_login or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
                     raise
                 logger.warning("job %s: %s; connecting again", self._name, error)
@@ -14373,7 +14376,7 @@ class JobOutput:
                 if not re.fullmatch(rb"[0-9]{1,7}", line) or int(line) > MAX_PORTION:
                     error = script.refused(line)
                     raise JobError(str(error), name=self._name) if line[:3] == b"no " else error
-                self._heard = True
+                self._heard_at = min(self._heard_at, time.monotonic())
                 left = int(line)
                 while left:
                     piece = script.read(left)
