@@ -224,6 +224,7 @@ def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
     return Path(os.path.abspath(folder))
 
 
+@functools.lru_cache(maxsize=16)
 def account_digest(base_url: str, api_key: str | None) -> str:
     """Return a digest that identifies an account in the journal without its key."""
     account = f"clore-client\n{canonical_url(base_url)}\n{api_key or ''}"

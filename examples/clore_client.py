@@ -170,7 +170,6 @@ from collections.abc import (
     Sequence,
     Sized,
 )
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import attrgetter
 from pathlib import Path
@@ -1651,6 +1650,7 @@ def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
     return Path(os.path.abspath(folder))
 
 
+@functools.lru_cache(maxsize=16)
 def account_digest(base_url: str, api_key: str | None) -> str:
     """Return a digest that identifies an account in the journal without its key."""
     account = f"clore-client\n{canonical_url(base_url)}\n{api_key or ''}"
@@ -3525,7 +3525,8 @@ class Call:
         self.rules = rules_for(method, self.name)
         self.urgent = self.rules.urgent or urgent
         all_headers = CaseInsensitiveDict(check_headers("headers", headers))
-        all_headers.update(check_headers("headers", options.pop("headers", None) or {}))
+        if given_headers := options.pop("headers", None):
+            all_headers.update(check_headers("headers", given_headers))
         self.key = _check_key(all_headers, base_url, endpoint, self.rules.needs_key)
         timeout = check_timeout("timeout", options.pop("timeout", timeout))
         given = {k: options.pop(k, None) for k in ("proxies", "stream", "verify", "cert")}
@@ -4059,8 +4060,9 @@ class Schedule:
         own = self._own_ready(turn)
         ready = self._ready(turn, own)
         paused = 0.0 if turn.urgent else self.paused_until - now
-        self.waiting = {i: entry for i, entry in self.waiting.items() if entry[3] > now}
-        self.waiting.pop(turn.id, None)
+        if self.waiting:
+            self.waiting = {i: entry for i, entry in self.waiting.items() if entry[3] > now}
+            self.waiting.pop(turn.id, None)
         if paused > turn.patience or max(ready, now) > turn.deadline:
             return PollResult(False, now, paused, too_late=True)
         mine = [turn.rank, turn.arrived]
@@ -4238,6 +4240,7 @@ class RateLimiter:
 # ==================================================================================================
 
 
+DECODER = json.JSONDecoder()
 LIMIT_PREFIX = "rate-limit-"
 SCHEDULE_FORMAT = "json-1"
 LONGEST_SCHEDULE = 100_000  # bytes
@@ -4323,7 +4326,7 @@ def load(text: bytes, now: float) -> Schedule:
     if not text:
         return schedule
     try:
-        fields = json.loads(text.partition(b"\n")[0])
+        fields, _ = DECODER.raw_decode(text.decode())
         numbers = [float(fields[name]) for name in NUMBERS]
         if not math.isfinite(sum(numbers)):
             raise ValueError
@@ -12900,7 +12903,7 @@ BUNDLE_FILES = 1000
 SMALL_FILE = CHUNK  # bytes; smaller files of a directory are sent as tar archives
 
 
-@dataclass(eq=False, slots=True)
+# Not a dataclass: that module is slow to import.
 class FileEntry:
     """A file, directory or symlink of a transfer.
 
@@ -12913,16 +12916,17 @@ class FileEntry:
         link: the target of a symlink.
     """
 
-    name: bytes
-    size: int
-    mtime: int
-    mode: int
-    kind: str = "f"
-    link: bytes = b""
+    __slots__ = ("kind", "link", "mode", "mtime", "name", "size")
 
-    def __post_init__(self) -> None:
-        if self.kind != "f":
-            self.size = 0
+    def __init__(
+        self, name: bytes, size: int, mtime: int, mode: int, kind: str = "f", link: bytes = b""
+    ) -> None:
+        self.name = name
+        self.size = size if kind == "f" else 0
+        self.mtime = mtime
+        self.mode = mode
+        self.kind = kind
+        self.link = link
 
     @property
     def version(self) -> tuple[bytes, int, int]:
@@ -13257,7 +13261,6 @@ def tar_header(entry: FileEntry) -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 
-@dataclass(eq=False, slots=True)
 class Portion:
     """A part of an upload that the host confirms: a chunk of a file, or a tar archive.
 
@@ -13267,9 +13270,12 @@ class Portion:
         size: bytes to send.
     """
 
-    entries: list[FileEntry]
-    start: int | None = None
-    size: int = 0
+    __slots__ = ("entries", "size", "start")
+
+    def __init__(self, entries: list[FileEntry], start: int | None = None, size: int = 0) -> None:
+        self.entries = entries
+        self.start = start
+        self.size = size
 
     @property
     def key(self) -> str:
@@ -14036,7 +14042,7 @@ class JobCommand:
         self.cwd = remote_path(check_path("cwd", "~" if cwd is None else cwd))
 
 
-class JobState(NamedTuple):
+class JobState:
     """The state of a job, as the host reports it.
 
     Attributes:
@@ -14045,9 +14051,10 @@ class JobState(NamedTuple):
         started: Unix time on the host's clock.
     """
 
-    status: str
-    exit_code: int | None = None
-    started: float = 0.0
+    def __init__(self, status: str, exit_code: int | None = None, started: float = 0.0) -> None:
+        self.status = status
+        self.exit_code = exit_code
+        self.started = started
 
     @classmethod
     def parse(cls, text: str) -> JobState:

@@ -149,7 +149,8 @@ class Call:
         self.rules = rules_for(method, self.name)
         self.urgent = self.rules.urgent or urgent
         all_headers = CaseInsensitiveDict(check_headers("headers", headers))
-        all_headers.update(check_headers("headers", options.pop("headers", None) or {}))
+        if given_headers := options.pop("headers", None):
+            all_headers.update(check_headers("headers", given_headers))
         self.key = _check_key(all_headers, base_url, endpoint, self.rules.needs_key)
         timeout = check_timeout("timeout", options.pop("timeout", timeout))
         given = {k: options.pop(k, None) for k in ("proxies", "stream", "verify", "cert")}

@@ -29,6 +29,7 @@ from clore_client.process import this_process
 if TYPE_CHECKING:
     from clore_client.api.redis_limit import RedisServer
 
+DECODER = json.JSONDecoder()
 LIMIT_PREFIX = "rate-limit-"
 SCHEDULE_FORMAT = "json-1"
 LONGEST_SCHEDULE = 100_000  # bytes
@@ -114,7 +115,7 @@ def load(text: bytes, now: float) -> Schedule:
     if not text:
         return schedule
     try:
-        fields = json.loads(text.partition(b"\n")[0])
+        fields, _ = DECODER.raw_decode(text.decode())
         numbers = [float(fields[name]) for name in NUMBERS]
         if not math.isfinite(sum(numbers)):
             raise ValueError

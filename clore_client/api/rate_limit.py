@@ -147,8 +147,9 @@ class Schedule:
         own = self._own_ready(turn)
         ready = self._ready(turn, own)
         paused = 0.0 if turn.urgent else self.paused_until - now
-        self.waiting = {i: entry for i, entry in self.waiting.items() if entry[3] > now}
-        self.waiting.pop(turn.id, None)
+        if self.waiting:
+            self.waiting = {i: entry for i, entry in self.waiting.items() if entry[3] > now}
+            self.waiting.pop(turn.id, None)
         if paused > turn.patience or max(ready, now) > turn.deadline:
             return PollResult(False, now, paused, too_late=True)
         mine = [turn.rank, turn.arrived]

@@ -9,7 +9,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from clore_client.errors import (
     HostKeyChangedError,
@@ -70,7 +69,7 @@ class JobCommand:
         self.cwd = remote_path(check_path("cwd", "~" if cwd is None else cwd))
 
 
-class JobState(NamedTuple):
+class JobState:
     """The state of a job, as the host reports it.
 
     Attributes:
@@ -79,9 +78,10 @@ class JobState(NamedTuple):
         started: Unix time on the host's clock.
     """
 
-    status: str
-    exit_code: int | None = None
-    started: float = 0.0
+    def __init__(self, status: str, exit_code: int | None = None, started: float = 0.0) -> None:
+        self.status = status
+        self.exit_code = exit_code
+        self.started = started
 
     @classmethod
     def parse(cls, text: str) -> JobState:

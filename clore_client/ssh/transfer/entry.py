@@ -9,7 +9,6 @@ import os
 import re
 import stat
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ BUNDLE_FILES = 1000
 SMALL_FILE = CHUNK  # bytes; smaller files of a directory are sent as tar archives
 
 
-@dataclass(eq=False, slots=True)
+# Not a dataclass: that module is slow to import.
 class FileEntry:
     """A file, directory or symlink of a transfer.
 
@@ -42,16 +41,17 @@ class FileEntry:
         link: the target of a symlink.
     """
 
-    name: bytes
-    size: int
-    mtime: int
-    mode: int
-    kind: str = "f"
-    link: bytes = b""
+    __slots__ = ("kind", "link", "mode", "mtime", "name", "size")
 
-    def __post_init__(self) -> None:
-        if self.kind != "f":
-            self.size = 0
+    def __init__(
+        self, name: bytes, size: int, mtime: int, mode: int, kind: str = "f", link: bytes = b""
+    ) -> None:
+        self.name = name
+        self.size = size if kind == "f" else 0
+        self.mtime = mtime
+        self.mode = mode
+        self.kind = kind
+        self.link = link
 
     @property
     def version(self) -> tuple[bytes, int, int]:
@@ -386,7 +386,6 @@ def tar_header(entry: FileEntry) -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
 
 
-@dataclass(eq=False, slots=True)
 class Portion:
     """A part of an upload that the host confirms: a chunk of a file, or a tar archive.
 
@@ -396,9 +395,12 @@ class Portion:
         size: bytes to send.
     """
 
-    entries: list[FileEntry]
-    start: int | None = None
-    size: int = 0
+    __slots__ = ("entries", "size", "start")
+
+    def __init__(self, entries: list[FileEntry], start: int | None = None, size: int = 0) -> None:
+        self.entries = entries
+        self.start = start
+        self.size = size
 
     @property
     def key(self) -> str:
