@@ -4165,8 +4165,8 @@ def _sleep(seconds: float) -> None:
 class RateLimiter:
     """Apply the rate limit of one key.
 
-    An interrupt may end any method at any line. It leaves one entry in the queue,
-    which others skip.
+    An interrupt may end any method at any line. It leaves one entry in the queue, which others
+    skip.
     """
 
     def __init__(self, store: Store) -> None:
@@ -4305,10 +4305,8 @@ def limit_name(account: str) -> str:
     also differs by format, because a version of this client treats another format as damaged.
     """
     boot = read_line("/proc/sys/kernel/random/boot_id") or socket.gethostname()
-    return (
-        LIMIT_PREFIX
-        + hashlib.sha256(f"{account}\n{boot}\n{SCHEDULE_FORMAT}".encode()).hexdigest()[:32]
-    )
+    digest = hashlib.sha256(f"{account}\n{boot}\n{SCHEDULE_FORMAT}".encode())
+    return LIMIT_PREFIX + digest.hexdigest()[:32]
 
 
 def dump(schedule: Schedule) -> bytes:
@@ -13049,6 +13047,11 @@ class Tree:
     def files(self) -> list[FileEntry]:
         return [entry for entry in self.entries if entry.kind == "f"]
 
+    @property
+    def size(self) -> int:
+        """The bytes of all files."""
+        return sum(entry.size for entry in self.files)
+
     def drop_files(self, files: list[FileEntry]) -> None:
         """Remove files that need not be transferred."""
         names = {entry.name for entry in files}
@@ -13738,7 +13741,7 @@ def upload_connections(options: UploadOptions, tree: LocalTree) -> int:
     """Return how many connections an upload uses."""
     if options.streams is not None:
         return options.streams
-    size = sum(entry.size for entry in tree.entries)
+    size = tree.size
     return next((count for least, count in UPLOAD_CONNECTIONS if size >= least), 1)
 
 
@@ -14353,14 +14356,14 @@ class JobOutput:
                     raise
                 if self._time_left() <= 0:
                     raise self._too_late(f"it may still run ({reason(error)})") from error
-                lasted = time.monotonic() - began
+                now = time.monotonic()
                 # Otherwise, a host that ends each script at once would cause an endless loop.
-                useful = self.size > size or time.monotonic() - self._heard_at > LEAST_USEFUL
+                useful = self.size > size or now - self._heard_at > LEAST_USEFUL
                 useless = 0 if useful else useless + 1
                 if no_login or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
                     raise
                 logger.warning("job %s: %s; connecting again", self._name, error)
-                time.sleep(max(0.0, RECONNECT_PAUSE - lasted))
+                time.sleep(max(0.0, began + RECONNECT_PAUSE - now))
 
     def _time_left(self) -> float:
         return self._deadline - time.monotonic()
@@ -15745,14 +15748,14 @@ def begin_tree(
             kept.append(entry)
     tree.entries = kept
     links = [entry for entry in kept if entry.kind == "l"]
-    transfer.total = sum(entry.size for entry in tree.files)
+    transfer.total = tree.size
     part.accept(tree.files, folder=True)
     if not links or options.symlinks != "follow":  # a followed symlink may need unchanged files
         same = same_files(tree.files, options, part.installed, different)
         tree.drop_files(same)
         transfer.unchanged = len(same)
         part.accept(tree.files, folder=True)
-    transfer.total = sum(entry.size for entry in tree.files)
+    transfer.total = tree.size
     part.begin(tree.entries)
     return links
 
@@ -16601,7 +16604,7 @@ def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) 
     options, tree = checked
     name = os.path.basename(os.path.abspath(tree.path))
     transfer = Transfer(pool, options, os.fsdecode(name) or "/", "upload")
-    transfer.total = sum(entry.size for entry in tree.files)
+    transfer.total = tree.size
     for left_out, why in tree.left_out:
         transfer.leave_out(left_out, why)
     with transfer.watched():
@@ -16637,7 +16640,7 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
     same = same_files(tree.files, options, lambda e: by_name.get(e.name), sender.different)
     tree.drop_files(same)
     transfer.unchanged = len(same)
-    transfer.total = sum(entry.size for entry in tree.files)
+    transfer.total = tree.size
     if options.preview or not (tree.is_folder or tree.files):
         return path
     path = sender.send()

@@ -94,10 +94,8 @@ def limit_name(account: str) -> str:
     also differs by format, because a version of this client treats another format as damaged.
     """
     boot = read_line("/proc/sys/kernel/random/boot_id") or socket.gethostname()
-    return (
-        LIMIT_PREFIX
-        + hashlib.sha256(f"{account}\n{boot}\n{SCHEDULE_FORMAT}".encode()).hexdigest()[:32]
-    )
+    digest = hashlib.sha256(f"{account}\n{boot}\n{SCHEDULE_FORMAT}".encode())
+    return LIMIT_PREFIX + digest.hexdigest()[:32]
 
 
 def dump(schedule: Schedule) -> bytes:

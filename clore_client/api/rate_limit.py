@@ -252,8 +252,8 @@ def _sleep(seconds: float) -> None:
 class RateLimiter:
     """Apply the rate limit of one key.
 
-    An interrupt may end any method at any line. It leaves one entry in the queue,
-    which others skip.
+    An interrupt may end any method at any line. It leaves one entry in the queue, which others
+    skip.
     """
 
     def __init__(self, store: Store) -> None:

@@ -20,10 +20,7 @@ from clore_client.models.order import Order
 from clore_client.orders.account import SHORTEST_LIMIT, AccountOrders
 from clore_client.orders.cancel import Cancellation, confirm_until
 from clore_client.orders.credentials import can_be_order_of, purchase_fields
-from clore_client.pricing import (
-    creation_fee_after,
-    with_fee,
-)
+from clore_client.pricing import creation_fee_after, with_fee
 from clore_client.rental.journal import (
     JournalEntry,
     forget_kept,

@@ -380,14 +380,14 @@ class JobOutput:
                     raise
                 if self._time_left() <= 0:
                     raise self._too_late(f"it may still run ({reason(error)})") from error
-                lasted = time.monotonic() - began
+                now = time.monotonic()
                 # Otherwise, a host that ends each script at once would cause an endless loop.
-                useful = self.size > size or time.monotonic() - self._heard_at > LEAST_USEFUL
+                useful = self.size > size or now - self._heard_at > LEAST_USEFUL
                 useless = 0 if useful else useless + 1
                 if no_login or not self._host.reconnects or useless >= MOST_USELESS_TRIES:
                     raise
                 logger.warning("job %s: %s; connecting again", self._name, error)
-                time.sleep(max(0.0, RECONNECT_PAUSE - lasted))
+                time.sleep(max(0.0, began + RECONNECT_PAUSE - now))
 
     def _time_left(self) -> float:
         return self._deadline - time.monotonic()

@@ -174,6 +174,11 @@ class Tree:
     def files(self) -> list[FileEntry]:
         return [entry for entry in self.entries if entry.kind == "f"]
 
+    @property
+    def size(self) -> int:
+        """The bytes of all files."""
+        return sum(entry.size for entry in self.files)
+
     def drop_files(self, files: list[FileEntry]) -> None:
         """Remove files that need not be transferred."""
         names = {entry.name for entry in files}

@@ -328,14 +328,14 @@ def begin_tree(
             kept.append(entry)
     tree.entries = kept
     links = [entry for entry in kept if entry.kind == "l"]
-    transfer.total = sum(entry.size for entry in tree.files)
+    transfer.total = tree.size
     part.accept(tree.files, folder=True)
     if not links or options.symlinks != "follow":  # a followed symlink may need unchanged files
         same = same_files(tree.files, options, part.installed, different)
         tree.drop_files(same)
         transfer.unchanged = len(same)
         part.accept(tree.files, folder=True)
-    transfer.total = sum(entry.size for entry in tree.files)
+    transfer.total = tree.size
     part.begin(tree.entries)
     return links
 

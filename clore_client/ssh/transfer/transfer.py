@@ -192,7 +192,7 @@ def upload_connections(options: UploadOptions, tree: LocalTree) -> int:
     """Return how many connections an upload uses."""
     if options.streams is not None:
         return options.streams
-    size = sum(entry.size for entry in tree.entries)
+    size = tree.size
     return next((count for least, count in UPLOAD_CONNECTIONS if size >= least), 1)
 
 

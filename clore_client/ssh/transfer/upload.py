@@ -71,7 +71,7 @@ def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) 
     options, tree = checked
     name = os.path.basename(os.path.abspath(tree.path))
     transfer = Transfer(pool, options, os.fsdecode(name) or "/", "upload")
-    transfer.total = sum(entry.size for entry in tree.files)
+    transfer.total = tree.size
     for left_out, why in tree.left_out:
         transfer.leave_out(left_out, why)
     with transfer.watched():
@@ -107,7 +107,7 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
     same = same_files(tree.files, options, lambda e: by_name.get(e.name), sender.different)
     tree.drop_files(same)
     transfer.unchanged = len(same)
-    transfer.total = sum(entry.size for entry in tree.files)
+    transfer.total = tree.size
     if options.preview or not (tree.is_folder or tree.files):
         return path
     path = sender.send()
