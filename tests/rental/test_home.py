@@ -66,12 +66,12 @@ class Program:
         self.generated.append(order.get("ssh_password", self.secrets[0]))
         self.client.get_orders()
         if self.dice.random() < 0.5:
-            self.client.cancel_order(order, settle_timeout=0.3)
+            self.client.cancel_order(order, settle_timeout=20)
 
     def rent(self, servers: list[int], keep: bool = False) -> None:
         with self.client.rent(
             attempts=1, poll_interval=0.005, find_timeout=0.3, deploy_timeout=0.3,
-            cancel_timeout=1.0, **self.order,
+            cancel_timeout=20, **self.order,
         ) as rental:  # fmt: skip
             self.generated.append(rental.order["ssh_password"])
             if keep:
@@ -83,7 +83,7 @@ class Program:
     def many(self, servers: list[int]) -> None:
         with self.client.rent_many(
             2, attempts=1, poll_interval=0.005, find_timeout=0.3, deploy_timeout=0.3,
-            cancel_timeout=1.0, **self.order,
+            cancel_timeout=20, **self.order,
         ):  # fmt: skip
             pass
 
