@@ -360,19 +360,6 @@ def test_a_deadline_ends_the_waiting(limiter: Limiter) -> None:
         pass
 
 
-def test_a_request_that_waits_no_more_is_skipped(limiter: Limiter) -> None:
-    """The state after an interrupt or a kill at any line between waiting and sending."""
-    with granted(limiter(), 0.2):
-        pass
-    for _ in range(20):
-        gone = Turn(0.2, urgent=True)
-        assert not limiter()._store.apply("poll", gone).granted
-    started = time.monotonic()
-    with granted(limiter(), 0.2):
-        pass
-    assert time.monotonic() - started < 2
-
-
 def test_urgent_requests_leave_whatever_the_server_asks_for(limiter: Limiter) -> None:
     paused(limiter(), 3600)
     with granted(limiter(), 0.02, urgent=True):

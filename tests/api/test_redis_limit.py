@@ -130,7 +130,7 @@ def test_killed_restarted_and_stopped(
     server.pause()
     started = time.monotonic()
     call_together(clients, 5)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert "among all processes on this machine" in clients[0].describe()
     server.resume()
     time.sleep(5.1)
@@ -206,7 +206,7 @@ def test_nonsense(sim: Simulator, tmp_path: Path, reply: bytes) -> None:
         started = time.monotonic()
         for _ in range(3):
             client.get_wallets()
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 30
         assert "among all processes on this machine" in client.describe()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -47,10 +48,9 @@ def test_three_machines_side_by_side(any_sim: Simulator, any_client: CloreClient
 def test_commands_in_parallel(make_sim: MakeSim, form: str) -> None:
     sim = make_sim(ssh=True, form=form)
     with client_for(sim).rent_many(3, **QUICK) as rentals:
-        rentals.run("true")
-        started = time.monotonic()
-        results = rentals.run("sleep 1; pwd")
-        assert time.monotonic() - started < 2.5
+        everybody = threading.Barrier(3, timeout=60)
+        rentals.map(lambda rental: everybody.wait())
+        results = rentals.run("pwd")
         assert len({result.stdout for result in results}) == 3
         with pytest.raises(CommandError):
             rentals.run("exit 3")
@@ -60,10 +60,10 @@ def test_commands_in_parallel(make_sim: MakeSim, form: str) -> None:
 
 def test_the_deployments_overlap(make_sim: MakeSim) -> None:
     sim = make_sim(deploy_after=2.0)
-    started = time.monotonic()
     with client_for(sim).rent_many(4, **QUICK) as rentals:
         assert len(rentals) == 4
-        assert time.monotonic() - started < 6.0  # and not 8 s
+    first_deployed = min(order.deployed or math.inf for order in sim.orders)
+    assert sum(order.created < first_deployed for order in sim.orders) >= 2
 
 
 def test_all_or_none(any_sim: Simulator, any_client: CloreClient) -> None:
