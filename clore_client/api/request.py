@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextvars
-import functools
 import logging
 import math
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import requests
@@ -149,7 +147,7 @@ class HTTPClient:
             "create_order_interval", create_order_interval, unit="seconds"
         )
         self.rate_limit_wait = check_interval("rate_limit_wait", rate_limit_wait)
-        self._state_dir = check_state_dir("state_dir", state_dir)
+        self._state_folder = state_folder(check_state_dir("state_dir", state_dir))
         self._redis = redis_server_for(rate_limiter)
         self.backoff = check_interval("backoff", backoff)
         self.max_backoff = check_interval("max_backoff", max_backoff)
@@ -309,10 +307,6 @@ class HTTPClient:
 
     def _limiter(self, base_url: str, key: str) -> RateLimiter:
         return limiter_for(base_url, key, self._state_folder, self._redis)
-
-    @functools.cached_property
-    def _state_folder(self) -> Path | None:
-        return state_folder(self._state_dir)
 
     def _prepare(
         self, method: str, endpoint: str, params: Any, json: Any, options: dict[str, Any]
