@@ -27,9 +27,8 @@ FIELDS: dict[str, Any] = {"server_id": 7, "started": 1000.0, "image": "i", "spot
 
 
 @pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    return tmp_path / "state" / "clore-client"
+def folder() -> Path:
+    return Path.home() / ".local" / "state" / "clore-client"
 
 
 def left(client: CloreClient, folder: Path, order: Order | None, **fields: Any) -> Path:

@@ -32,6 +32,7 @@ def _as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]
     # An interrupt in another test may have left a user or a handler.
     monkeypatch.setattr(this_process, "signal_users", set())
     monkeypatch.setattr(this_process, "handled_signals", set())
+    monkeypatch.setattr(this_process, "stopping_signal", None)  # and forget it after each test
     yield
     for signum, handler in before:
         signal.signal(signum, handler)
