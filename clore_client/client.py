@@ -1076,7 +1076,7 @@ class CloreClient(HTTPClient):
         Returns:
             :class:`Leftovers`: ``abandoned`` (orders of this machine), ``elsewhere`` (orders of
             other machines), ``kept`` (orders of this machine that stayed with ``keep()``) and
-            ``unnoted`` (active orders that are not in the journal).
+            ``unrecorded`` (active orders that are not in the journal).
 
         Example:
             >>> client.leftovers().abandoned

@@ -6753,7 +6753,7 @@ class Credentials:
             return {}
         return self._known.setdefault((account, order_id), _fields_of(found))
 
-    def contradict(self, account: str, order_id: int, sent: dict[str, str]) -> bool:
+    def has_other_login(self, account: str, order_id: int, sent: dict[str, str]) -> bool:
         """Return whether an order is known to have a different login from the one in ``sent``."""
         known = self.of(account, order_id)
         return bool(known) and known != login_fields(sent)
@@ -7903,7 +7903,7 @@ class Purchase:
             and order.server_id == self.server_id
             and same_purchase(order, self.image, self.currency, self.spot)
             # Another process may just have ordered the same server.
-            and not self._orders.credentials.contradict(
+            and not self._orders.credentials.has_other_login(
                 self._orders.account, order.id, self.credentials
             )
         )
@@ -10534,7 +10534,7 @@ class Leftovers:
     Attributes:
         abandoned: orders that may still run, of dead processes of this machine.
         elsewhere: journal entries of other machines; their processes may be alive.
-        unnoted: active orders of the account without a journal entry.
+        unrecorded: active orders of the account without a journal entry.
         kept: orders that rentals of this machine kept with ``keep()``.
     """
 
@@ -10542,20 +10542,20 @@ class Leftovers:
         self,
         abandoned: list[Leftover],
         elsewhere: list[Leftover],
-        unnoted: list[Order],
+        unrecorded: list[Order],
         kept: list[Leftover],
     ) -> None:
         self.abandoned, self.elsewhere = abandoned, elsewhere
-        self.unnoted, self.kept = unnoted, kept
+        self.unrecorded, self.kept = unrecorded, kept
 
     def __bool__(self) -> bool:
         """Return whether any of the lists has an item."""
-        return bool(self.abandoned or self.elsewhere or self.unnoted or self.kept)
+        return bool(self.abandoned or self.elsewhere or self.unrecorded or self.kept)
 
     def __repr__(self) -> str:
         return (
             f"<Leftovers: {self.abandoned}, {len(self.elsewhere)} of other machines, "
-            f"{len(self.unnoted)} orders without an entry, kept: {self.kept}>"
+            f"{len(self.unrecorded)} orders without an entry, kept: {self.kept}>"
         )
 
 
@@ -10565,7 +10565,7 @@ class _Survey:
     Attributes:
         entries: the journal entries of the account.
         listed: order id -> the active order.
-        unnoted: the active orders without an entry.
+        unrecorded: the active orders without an entry.
         missing: entries with an order id that no list has.
     """
 
@@ -10620,8 +10620,10 @@ class _Survey:
                 )
             elif fitting:
                 self._matched[entry.path] = fitting[0]
-        noted = kept | living | {order.id for order in self._matched.values()}
-        self.unnoted = [o for i, o in self.listed.items() if i not in noted and not o.has_ended]
+        recorded = kept | living | {order.id for order in self._matched.values()}
+        self.unrecorded = [
+            o for i, o in self.listed.items() if i not in recorded and not o.has_ended
+        ]
         self._settle_conflicts(living)
 
     def _fitting(self, entry: JournalEntry, named: Collection[int | None]) -> list[Order]:
@@ -10714,7 +10716,7 @@ class _Survey:
         found += [(e, order) for e, order in kept if not e.of_this_machine]
         elsewhere = [Leftover(entry, order) for entry, order in found]
         here = [Leftover(e, order) for e, order in kept if e.of_this_machine]
-        return Leftovers(abandoned, elsewhere, self.unnoted, here)
+        return Leftovers(abandoned, elsewhere, self.unrecorded, here)
 
 
 def _is_recent(data: dict[str, Any], seconds: float) -> bool:
@@ -13059,12 +13061,12 @@ class RemoteTree(Tree):
 
     Attributes:
         root: the directory itself.
-        odd: the entries that are neither a file nor a directory nor a symlink.
+        special: the entries that are neither a file nor a directory nor a symlink.
     """
 
     def __init__(self, excludes: Excludes | None = None) -> None:
         super().__init__()
-        self.odd: list[FileEntry] = []
+        self.special: list[FileEntry] = []
         self.root = FileEntry(b"", 0, 0, 0o755, "d")
         self._excludes = excludes or (lambda *_: False)
         self._folders = {b""}
@@ -13074,7 +13076,7 @@ class RemoteTree(Tree):
     @property
     def by_name(self) -> dict[bytes, FileEntry]:
         """All entries, and the root under the empty name."""
-        return {entry.name: entry for entry in [self.root, *self.entries, *self.odd]}
+        return {entry.name: entry for entry in [self.root, *self.entries, *self.special]}
 
     def add(self, entry: FileEntry) -> None:
         """Check an entry of a listing, and add it unless it or its directory is excluded."""
@@ -13092,7 +13094,7 @@ class RemoteTree(Tree):
         if name.rpartition(b"/")[0] in self._excluded or self._excludes(name, is_folder):
             self._excluded.add(name)
         else:
-            (self.odd if entry.kind == "other" else self.entries).append(entry)
+            (self.special if entry.kind == "other" else self.entries).append(entry)
 
 
 def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> RemoteTree:
@@ -15732,7 +15734,7 @@ def begin_tree(
 ) -> list[FileEntry]:
     """Check and begin the download of a directory; return its symlinks."""
     options = transfer.options
-    for entry in tree.odd:
+    for entry in tree.special:
         transfer.leave_out(entry.name, "it is not a file")
     kept = []
     for entry in tree.entries:
@@ -16934,9 +16936,9 @@ class Upload:
         """Set modes and times of large files and directories, the deepest first."""
         preserve = self._options.preserve
         folders = [entry for entry in self._tree.entries if entry.kind == "d"]
-        odd = [entry for entry in folders if preserve or entry.mode & 0o700 != 0o700]
+        changed = [entry for entry in folders if preserve or entry.mode & 0o700 != 0o700]
         large = {p.entries[0].name: p.entries[0] for p in self._portions if p.start is not None}
-        for number, entry in enumerate([*large.values(), *odd[::-1]], 1):
+        for number, entry in enumerate([*large.values(), *changed[::-1]], 1):
             name = encoded_name(entry.name)
             control.send(b"mode %o %s %s\n" % (entry.mode, touch_time(entry.mtime).encode(), name))
             if number % MODE_LINES == 0:
@@ -18286,7 +18288,7 @@ class CloreClient(HTTPClient):
         Returns:
             :class:`Leftovers`: ``abandoned`` (orders of this machine), ``elsewhere`` (orders of
             other machines), ``kept`` (orders of this machine that stayed with ``keep()``) and
-            ``unnoted`` (active orders that are not in the journal).
+            ``unrecorded`` (active orders that are not in the journal).
 
         Example:
             >>> client.leftovers().abandoned

@@ -313,7 +313,7 @@ def test_issue_is_cut(any_sim: Simulator, any_client: CloreClient) -> None:
 
 @pytest.mark.parametrize("ended", ["accept", "refuse"])
 @pytest.mark.parametrize(
-    "fault", ["lose_answer", "html_502", "http_500_after_commit", "truncated_json"]
+    "fault", ["lose_response", "html_502", "http_500_after_commit", "truncated_json"]
 )
 def test_cancelling_is_safe_to_repeat(make_sim: MakeSim, ended: str, fault: str) -> None:
     sim = make_sim(cancel_ended=ended, cancel_lingers=0.4)
@@ -328,7 +328,7 @@ def test_cancelling_is_safe_to_repeat(make_sim: MakeSim, ended: str, fault: str)
 def test_after_a_lost_response_the_lists_show_if_the_cancel_worked(sim: Simulator) -> None:
     client = client_for(sim, max_retries=2)
     order = client.create_order(plain_server(client))
-    sim.faults.add("cancel_order", "lose_answer", times=2)
+    sim.faults.add("cancel_order", "lose_response", times=2)
     assert client.cancel_order(order["order_id"]) is True
 
 
@@ -377,7 +377,7 @@ def test_waiting_continues_after_failed_polls_and_for_late_orders(make_sim: Make
     sim = make_sim(visible_after=0.4, create_answer="order_id")
     client = client_for(sim, max_retries=1, timeout=0.5)
     order = client.create_order(plain_server(client))
-    for kind in ("lose_answer", "html_502", "html_403", "hang", "truncated_json", "no_code"):
+    for kind in ("lose_response", "html_502", "html_403", "hang", "truncated_json", "no_code"):
         sim.faults.add("my_orders", kind)
     assert client.wait_for_order(order["order_id"], timeout=20, poll_interval=0.02).is_running
 

@@ -43,7 +43,9 @@ def rent(client: CloreClient) -> None:
         pass
 
 
-@pytest.mark.parametrize("fault", ["code_1", "lose_answer", "html_502", "rate_limit", "bad_input"])
+@pytest.mark.parametrize(
+    "fault", ["code_1", "lose_response", "html_502", "rate_limit", "bad_input"]
+)
 @pytest.mark.parametrize(
     "act",
     [lambda client: client.create_order(plain_server(client), **SECRETS, find_timeout=0.1), rent],

@@ -351,7 +351,7 @@ def test_a_lost_response_of_one_batch_is_repaired(make_sim: MakeSim) -> None:
     for server_id in free_servers(sim)[:70]:
         raw.order(server_id)
     ids = [order.id for order in sim.orders]
-    sim.faults.add("cancel_orders", "lose_answer")
+    sim.faults.add("cancel_orders", "lose_response")
     assert client_for(sim).cancel_orders(ids)["failed_to_cancel"] == []
     assert len(sent_to(sim, "cancel_orders")) == 3
     assert not any(order.active for order in sim.orders)

@@ -151,7 +151,7 @@ class Purchase:
             and order.server_id == self.server_id
             and same_purchase(order, self.image, self.currency, self.spot)
             # Another process may just have ordered the same server.
-            and not self._orders.credentials.contradict(
+            and not self._orders.credentials.has_other_login(
                 self._orders.account, order.id, self.credentials
             )
         )

@@ -194,7 +194,7 @@ class Credentials:
             return {}
         return self._known.setdefault((account, order_id), _fields_of(found))
 
-    def contradict(self, account: str, order_id: int, sent: dict[str, str]) -> bool:
+    def has_other_login(self, account: str, order_id: int, sent: dict[str, str]) -> bool:
         """Return whether an order is known to have a different login from the one in ``sent``."""
         known = self.of(account, order_id)
         return bool(known) and known != login_fields(sent)

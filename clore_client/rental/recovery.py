@@ -60,7 +60,7 @@ class Leftovers:
     Attributes:
         abandoned: orders that may still run, of dead processes of this machine.
         elsewhere: journal entries of other machines; their processes may be alive.
-        unnoted: active orders of the account without a journal entry.
+        unrecorded: active orders of the account without a journal entry.
         kept: orders that rentals of this machine kept with ``keep()``.
     """
 
@@ -68,20 +68,20 @@ class Leftovers:
         self,
         abandoned: list[Leftover],
         elsewhere: list[Leftover],
-        unnoted: list[Order],
+        unrecorded: list[Order],
         kept: list[Leftover],
     ) -> None:
         self.abandoned, self.elsewhere = abandoned, elsewhere
-        self.unnoted, self.kept = unnoted, kept
+        self.unrecorded, self.kept = unrecorded, kept
 
     def __bool__(self) -> bool:
         """Return whether any of the lists has an item."""
-        return bool(self.abandoned or self.elsewhere or self.unnoted or self.kept)
+        return bool(self.abandoned or self.elsewhere or self.unrecorded or self.kept)
 
     def __repr__(self) -> str:
         return (
             f"<Leftovers: {self.abandoned}, {len(self.elsewhere)} of other machines, "
-            f"{len(self.unnoted)} orders without an entry, kept: {self.kept}>"
+            f"{len(self.unrecorded)} orders without an entry, kept: {self.kept}>"
         )
 
 
@@ -91,7 +91,7 @@ class _Survey:
     Attributes:
         entries: the journal entries of the account.
         listed: order id -> the active order.
-        unnoted: the active orders without an entry.
+        unrecorded: the active orders without an entry.
         missing: entries with an order id that no list has.
     """
 
@@ -146,8 +146,10 @@ class _Survey:
                 )
             elif fitting:
                 self._matched[entry.path] = fitting[0]
-        noted = kept | living | {order.id for order in self._matched.values()}
-        self.unnoted = [o for i, o in self.listed.items() if i not in noted and not o.has_ended]
+        recorded = kept | living | {order.id for order in self._matched.values()}
+        self.unrecorded = [
+            o for i, o in self.listed.items() if i not in recorded and not o.has_ended
+        ]
         self._settle_conflicts(living)
 
     def _fitting(self, entry: JournalEntry, named: Collection[int | None]) -> list[Order]:
@@ -240,7 +242,7 @@ class _Survey:
         found += [(e, order) for e, order in kept if not e.of_this_machine]
         elsewhere = [Leftover(entry, order) for entry, order in found]
         here = [Leftover(e, order) for e, order in kept if e.of_this_machine]
-        return Leftovers(abandoned, elsewhere, self.unnoted, here)
+        return Leftovers(abandoned, elsewhere, self.unrecorded, here)
 
 
 def _is_recent(data: dict[str, Any], seconds: float) -> bool:

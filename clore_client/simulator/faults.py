@@ -24,7 +24,7 @@ ENDPOINTS = (
 # Kinds of faults with their options and defaults. "Processed" means that the market acted.
 KINDS: dict[str, dict[str, Any]] = {
     # processed, then the connection is closed without an answer
-    "lose_answer": {},
+    "lose_response": {},
     # not processed, the connection is closed
     "lose_request": {},
     # not processed and never answered; the connection is closed after `seconds`
@@ -65,7 +65,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 # Kinds that a careful client recovers from by itself.
 RECOVERABLE = (
-    "lose_answer",
+    "lose_response",
     "lose_request",
     "reset_mid_body",
     "http_500_after_commit",

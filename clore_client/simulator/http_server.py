@@ -113,7 +113,7 @@ class HTTPServer:
         if made is not None and not _is_processed(kind, options):
             return made
         answer = self._api.process(call)
-        if kind == "lose_answer":
+        if kind == "lose_response":
             return None
         if kind == "slow":
             await _sleep(options["seconds"])

@@ -62,7 +62,7 @@ class Simulator:
     - `reuse_ports`: give the ports of an ended order to the next one, with another host key,
       as the live API does.
     - `chaos`, `chaos_seed`, `chaos_kinds`: the fraction of requests that fail at random, and
-      how. `faults`: a list like ["create_order:lose_answer:2"], for `Simulator.faults`.
+      how. `faults`: a list like ["create_order:lose_response:2"], for `Simulator.faults`.
 
     In the live form, records differ by seeded chance as those of the live API do: see
     `ORDER_QUIRKS`, and `Server.quirks`. Rent is charged per second from the creation of an

@@ -37,7 +37,7 @@ from tests.variant import Simulator
 # Faults after which a read is retried: their names, and how they are made.
 HEALED = [
     ("lose_request", {}),
-    ("lose_answer", {}),
+    ("lose_response", {}),
     ("reset_mid_body", {}),
     ("reset_mid_body", {"reset": False}),
     ("truncated_json", {}),
@@ -53,7 +53,7 @@ HEALED = [
 PASSWORD = "hunter2hunter2"
 DOUBTFUL = [
     ("lose_request", {}),
-    ("lose_answer", {}),
+    ("lose_response", {}),
     ("reset_mid_body", {}),
     ("truncated_json", {}),
     ("not_json", {}),
@@ -251,7 +251,7 @@ def test_cancels_are_sent_again_after_a_lost_answer(
     sim: Simulator, client: CloreClient, name: str
 ) -> None:
     order = client.create_order(client.find_servers("RTX 4090")[0]["id"])
-    sim.faults.add(name, "lose_answer", times=2)
+    sim.faults.add(name, "lose_response", times=2)
     if name == "cancel_order":
         assert client.cancel_order(order["order_id"]) is True
     else:

@@ -85,7 +85,7 @@ def unaccounted(
     error: BaseException | None,
     *,
     since: float = 0.0,
-    noted: bool = False,
+    recorded: bool = False,
 ) -> list[str]:
     """Describe the orders that still run, but that no error or journal entry names.
 
@@ -94,7 +94,7 @@ def unaccounted(
         client: its ``leftovers()`` must find the orders.
         error: the exception that was raised, or None.
         since: monotonic time; orders that were made before it do not count.
-        noted: whether an order must have a journal entry.
+        recorded: whether an order must have a journal entry.
     """
     left = [order for order in server.orders if order.active and order.made_at >= since]
     if not left:
@@ -111,8 +111,8 @@ def unaccounted(
     time.sleep(max(0.0, listed - time.monotonic()))
     found = client.leftovers(wait=0)
     known = {leftover.order_id for leftover in found.abandoned}
-    if not noted:
-        known |= {order.id for order in found.unnoted}
+    if not recorded:
+        known |= {order.id for order in found.unrecorded}
     # A late cancel may have ended some of them.
     lost = [order.id for order in left if order.id not in known and order.active]
     return wrong + [f"leftovers() does not find order {order_id}" for order_id in lost]

@@ -235,7 +235,7 @@ class SearchScene(RentalScene):
     options: ClassVar[dict[str, Any]] = {"visible_after": 0.03}
 
     def run(self) -> None:
-        self.stage.sim.faults.add("create_order", "lose_answer", key=self.stage.key)
+        self.stage.sim.faults.add("create_order", "lose_response", key=self.stage.key)
         super().run()
 
 
@@ -267,7 +267,7 @@ class PurchaseScene(Scene):
         if again is not None and again not in running:
             yield f"ordering again gave {again}, while {sorted(running)} run"
         left = stage.client.leftovers(wait=0)
-        found = {order.id for order in left.unnoted} | {e.order_id for e in left.abandoned}
+        found = {order.id for order in left.unrecorded} | {e.order_id for e in left.abandoned}
         if not running <= found:
             yield f"leftovers() does not tell of {sorted(running - found)}"
 
@@ -691,7 +691,7 @@ def enter(stage: Stage, **options: Any) -> None:
 @pytest.mark.parametrize(
     ("fault", "options"),
     [
-        ("lose_answer", {}),
+        ("lose_response", {}),
         ("http_500_after_commit", {}),
         ("hang_after_commit", {"seconds": 0.3}),
         ("slow", {"seconds": 0.3}),
@@ -763,7 +763,7 @@ def test_two_signals_do_not_stop_a_cancel(make_sim: MakeSim, tmp_path: Path) -> 
 def test_a_third_signal_stops_the_search(make_sim: MakeSim, tmp_path: Path) -> None:
     sim = make_sim(**{**INSTANT, "visible_after": 4.0})
     stage = Stage(sim, tmp_path)
-    sim.faults.add("create_order", "lose_answer")
+    sim.faults.add("create_order", "lose_response")
     hand = Hand(lambda: bool(stage.running()), *UNTIL_IT_WORKS)
     came = hand.around(lambda: enter(stage, find_timeout=60, cancel_timeout=60))
     assert type(came) is KeyboardInterrupt

@@ -161,7 +161,7 @@ def test_cancel_timeout_is_kept(server: FaultServer, hasty: CloreClient) -> None
         server.fault("cancel_order", "drip", FOR_EVER)
     assert list(caught.value.order_ids) == server.running
     assert len(server.sent_to("cancel_order")) > 1
-    assert unaccounted(server, hasty, caught.value, noted=True) == []
+    assert unaccounted(server, hasty, caught.value, recorded=True) == []
 
 
 def test_cancel_timeout_is_kept_with_a_long_timeout(server: FaultServer, notes: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_signal_during_a_slow_cancel_is_raised(
         server.fault("cancel_order", "drip", FOR_EVER)
         press.start()
     assert any(str(server.running[0]) in note for note in getattr(caught.value, "__notes__", []))
-    assert unaccounted(server, hasty, caught.value, noted=True) == []
+    assert unaccounted(server, hasty, caught.value, recorded=True) == []
 
 
 @pytest.mark.parametrize("kind", ["hang", "drip"])
@@ -522,7 +522,7 @@ def test_an_order_after_code_1_is_cancelled(
     server.fault("create_order", "refuse", commit=True, code=1, status=status)
     with client_for(server, notes, order_lag=1) as client:
         error = rented(client, seconds)
-        assert unaccounted(server, client, error, noted=True) == []
+        assert unaccounted(server, client, error, recorded=True) == []
     assert [order.server_id for order in server.orders][:2] in ([101, 102], [101])
 
 
@@ -531,8 +531,8 @@ def test_an_order_after_code_1_keeps_its_entry(server: FaultServer, notes: Path)
     server.fault("create_order", "refuse", commit=True, code=1)
     with client_for(server, notes, order_lag=1) as client:
         with client.rent("4090", **{**RENT, "find_timeout": 0.2}):
-            noted = [json.loads(path.read_text())["server_id"] for path in notes.glob("*.json")]
-            assert sorted(noted) == [101, 102]
+            recorded = [json.loads(path.read_text())["server_id"] for path in notes.glob("*.json")]
+            assert sorted(recorded) == [101, 102]
 
 
 def test_the_same_order_id_in_another_account_does_not_hide_it(
@@ -547,7 +547,7 @@ def test_the_same_order_id_in_another_account_does_not_hide_it(
         ):
             error = rented(client, 0)
             assert server.orders[0].id == rental.order.id
-            assert unaccounted(server, client, error, noted=True) == []
+            assert unaccounted(server, client, error, recorded=True) == []
 
 
 def test_orders_that_are_all_listed_late_are_accounted_for(notes: Path) -> None:
@@ -557,7 +557,7 @@ def test_orders_that_are_all_listed_late_are_accounted_for(notes: Path) -> None:
     ):
         server.fault("create_order", "refuse", commit=True, code=1)
         error = rented(client, 0)
-        assert unaccounted(server, client, error, noted=True) == []
+        assert unaccounted(server, client, error, recorded=True) == []
 
 
 def test_an_order_after_code_1_of_the_only_server_is_cancelled(
@@ -568,7 +568,7 @@ def test_an_order_after_code_1_of_the_only_server_is_cancelled(
     with client_for(server, notes, order_lag=1) as client:
         with pytest.raises(CloreError) as caught:
             client.rent(server_id=101, **{**RENT, "find_timeout": 0.2}).__enter__()
-        assert unaccounted(server, client, caught.value, noted=True) == []
+        assert unaccounted(server, client, caught.value, recorded=True) == []
 
 
 def test_one_empty_list_does_not_show_that_there_is_no_order(
@@ -591,7 +591,7 @@ def test_one_empty_list_does_not_show_that_there_is_no_order(
     with pytest.raises(CloreError) as caught:
         client.rent(server_id=101, **{**RENT, "find_timeout": 0.1}).__enter__()
     thread.join()
-    assert unaccounted(server, client, caught.value, noted=True) == []
+    assert unaccounted(server, client, caught.value, recorded=True) == []
 
 
 def test_after_code_1_without_an_order_the_entry_is_removed(

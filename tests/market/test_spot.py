@@ -217,7 +217,7 @@ def test_a_bid_that_took_effect_before_a_refusal_is_a_success(
 ) -> None:
     server_id, minimum = spot_server(client)
     order = client.create_order(server_id, order_type="spot", spot_price=minimum * 1.3)
-    sim.faults.add("set_spot_price", "lose_answer")
+    sim.faults.add("set_spot_price", "lose_response")
     assert client.set_spot_price(order["order_id"], minimum * 1.28) is True
     assert len(sent_to(sim, "set_spot_price")) == 2
     sim.faults.add("set_spot_price", "lose_request")

@@ -88,7 +88,7 @@ def test_cancel_orders_after_a_lost_response_names_only_active_orders(make_sim: 
     sim = make_sim(cancel_ended="refuse", cancel_lingers=0.3)
     client = client_for(sim)
     order = client.create_order(plain_server(client))
-    sim.faults.add("cancel_orders", "lose_answer")
+    sim.faults.add("cancel_orders", "lose_response")
     assert client.cancel_orders([order["order_id"]])["failed_to_cancel"] == []
     assert not sim.orders[0].active
 
@@ -127,7 +127,7 @@ def test_cancel_all(make_sim: MakeSim, form: str) -> None:
     ids = [client_for(sim).create_order(plain_server(client))["order_id"] for _ in range(3)]
     client.wait_for_order(ids[-1], timeout=20, poll_interval=0.02)
     ids.append(client.create_order(plain_server(client))["order_id"])
-    sim.faults.add("cancel_orders", "lose_answer")
+    sim.faults.add("cancel_orders", "lose_response")
     assert set(client.cancel_all()) == set(ids)
     assert not any(order.active for order in sim.orders)
 

@@ -25,7 +25,7 @@ from tests.test_client import plain_server
 from tests.variant import Simulator
 
 COMMITTED = [
-    ("lose_answer", {}),
+    ("lose_response", {}),
     ("hang_after_commit", {}),
     ("reset_mid_body", {}),
     ("http_500_after_commit", {}),
@@ -161,7 +161,7 @@ def test_an_unresolved_order_is_searched_again_before_a_refusal_is_raised(
     sim = make_sim(visible_after=0.5)
     client = client_for(sim)
     server_id = plain_server(client)
-    sim.faults.add("create_order", "lose_answer")
+    sim.faults.add("create_order", "lose_response")
     with pytest.raises(OrderOutcomeUnknownError):
         client.create_order(server_id, find_timeout=0.05)
     order = client_for(sim).create_order(server_id, find_timeout=20)

@@ -220,7 +220,7 @@ def test_an_order_that_lingers_after_its_cancel_is_not_saved_again(
 ) -> None:
     sim = make_sim(cancel_lingers=60.0, visible_after=0.5)
     client = client_for(sim, state_dir=state)
-    sim.faults.add("create_order", "lose_answer")
+    sim.faults.add("create_order", "lose_response")
     with pytest.raises(OrderOutcomeUnknownError):
         client.create_order(plain_server(client), find_timeout=0.05)
     (path,) = saved(state)  # without an id, as the outcome is not known

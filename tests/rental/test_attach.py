@@ -238,7 +238,7 @@ def test_a_kept_order_has_a_name_of_its_own(
     assert found
     assert [kept.order_id for kept in found.kept] == [order.id]
     assert found.kept[0].kept_until is None
-    assert (found.abandoned, found.elsewhere, found.unnoted) == ([], [], [])
+    assert (found.abandoned, found.elsewhere, found.unrecorded) == ([], [], [])
     assert str(order.id) in repr(found)
     assert other.cancel_leftovers(wait=0) == []
     assert other.cancel_overdue() == []
@@ -340,7 +340,7 @@ def test_broken_records_of_kept_orders(sim: Simulator, state: Path, content: str
     path.write_text(content)
     other = client_for(sim, state_dir=state)
     assert other.cancel_overdue() == []
-    assert [o.id for o in other.leftovers(wait=0).unnoted] == [order.id]
+    assert [o.id for o in other.leftovers(wait=0).unrecorded] == [order.id]
     assert other.cancel_leftovers(wait=0) == []
 
 
@@ -373,7 +373,7 @@ def test_a_process_that_is_killed_while_it_keeps(sim: Simulator, state: Path, st
     found = client.leftovers(wait=0)
     where = found.abandoned if step == "before" else found.kept
     assert [left.order_id for left in where] == [order_id]
-    assert len(found.abandoned) + len(found.kept) + len(found.unnoted) == 1
+    assert len(found.abandoned) + len(found.kept) + len(found.unrecorded) == 1
     assert client.cancel_leftovers(wait=0) == ([order_id] if step == "before" else [])
 
 

@@ -22,7 +22,7 @@ from tests.variant import Simulator
 
 PROGRAMS = int(os.environ.get("CLORE_PROGRAMS", "60"))
 PARTS = 4
-KINDS = ["lose_answer", "lose_request", "http_500_after_commit", "html_502", "code_1", "no_code"]
+KINDS = ["lose_response", "lose_request", "http_500_after_commit", "html_502", "code_1", "no_code"]
 ENDPOINTS = ["create_order", "my_orders", "cancel_order", "cancel_orders"]
 
 

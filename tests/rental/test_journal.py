@@ -201,10 +201,10 @@ def test_a_full_disk(
 
 
 def test_leftovers(sim: Simulator, client: CloreClient, folder: Path) -> None:
-    abandoned, unnoted, foreign = (order_of(client, sim, n) for n in range(3))
+    abandoned, unrecorded, foreign = (order_of(client, sim, n) for n in range(3))
     path = left(client, folder, abandoned)
     left(client, folder, foreign, host="elsewhere", pid=7)
-    left(client, folder, unnoted, account="of another key")
+    left(client, folder, unrecorded, account="of another key")
     with client.rent(**QUICK) as rental:
         found = client.leftovers(wait=0)
         assert [e.order_id for e in found.abandoned] == [abandoned.id]
@@ -214,14 +214,14 @@ def test_leftovers(sim: Simulator, client: CloreClient, folder: Path) -> None:
         assert [(e.order_id, e.host, e.pid) for e in found.elsewhere] == [
             (foreign.id, "elsewhere", 7)
         ]
-        assert [o.id for o in found.unnoted] == [unnoted.id]
+        assert [o.id for o in found.unrecorded] == [unrecorded.id]
         assert str(abandoned.id) in repr(found)
         assert client.cancel_leftovers(wait=0) == [abandoned.id]
-        assert set(active(sim)) == {unnoted.id, foreign.id, rental.order.id}
+        assert set(active(sim)) == {unrecorded.id, foreign.id, rental.order.id}
         assert not path.exists()
         assert client.cancel_leftovers(wait=0) == []
         assert client.leftovers(wait=0).abandoned == []
-    assert set(active(sim)) == {unnoted.id, foreign.id}
+    assert set(active(sim)) == {unrecorded.id, foreign.id}
 
 
 def test_an_entry_of_the_next_version_is_read(
@@ -240,7 +240,7 @@ def test_an_entry_whose_order_has_ended_is_removed(
     sim.end_order(order.id or 0)
     time.sleep(0.1)
     found = client.leftovers(wait=0)
-    assert (found.abandoned, found.elsewhere, found.unnoted) == ([], [], [])
+    assert (found.abandoned, found.elsewhere, found.unrecorded) == ([], [], [])
     assert not path.exists()
 
 

@@ -157,7 +157,7 @@ def test_sigkill_at_random_moments(
         found = observer.leftovers(wait=0.3)
         running = active(busy) - {kept}
         assert {e.order_id for e in found.abandoned} == running
-        assert found.unnoted == []
+        assert found.unrecorded == []
         assert kept in active(busy)
         left += len(running)
         assert set(observer.cancel_leftovers(wait=0)) == running
@@ -203,7 +203,7 @@ def test_sigkill_between_any_two_steps(
         # Orders that were neither kept nor ended yet are of a dead process; attach() without
         # end=True has none of its own.
         seen = [left.order_id for left in [*found.abandoned, *found.kept]]
-        seen += [order.id for order in found.unnoted]
+        seen += [order.id for order in found.unrecorded]
         assert sorted(seen, key=str) == sorted(running)
         kept, left = kept + len(found.kept), left + len(running)
         ended = {*observer.cancel_leftovers(wait=0), *observer.cancel_overdue()}

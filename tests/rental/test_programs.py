@@ -30,7 +30,7 @@ WAIT = 0.05
 SLACK = 20.0
 
 KINDS = [
-    "lose_answer",
+    "lose_response",
     "lose_request",
     "hang",
     "hang_after_commit",

@@ -166,7 +166,7 @@ def test_keep(sim: Simulator, client: CloreClient, tmp_path: Any) -> None:
     ("kind", "times"),
     [
         ("rate_limit", 6),
-        ("lose_answer", 2),
+        ("lose_response", 2),
         ("http_500_after_commit", 2),
         ("html_502", 1),
         ("truncated_json", 2),
@@ -329,7 +329,7 @@ def test_after_a_refused_currency_the_next_server_is_tried(sim: Simulator) -> No
         assert len(rental.tried) == 1
 
 
-@pytest.mark.parametrize("kind", ["lose_answer", "http_500_after_commit", "truncated_json"])
+@pytest.mark.parametrize("kind", ["lose_response", "http_500_after_commit", "truncated_json"])
 def test_a_lost_response_causes_no_second_order(sim: Simulator, kind: str) -> None:
     sim.faults.add("create_order", kind)
     with rent(client_for(sim), find_timeout=5) as rental:

@@ -76,7 +76,7 @@ def test_help_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    for word in ("--chaos", "--fault", "create_order", "lose_answer", "CLORE_BASE_URL"):
+    for word in ("--chaos", "--fault", "create_order", "lose_response", "CLORE_BASE_URL"):
         assert word in text
 
 

@@ -48,7 +48,7 @@ def create(sim: Simulator, timeout: float = 5) -> requests.Response:
 
 @pytest.mark.parametrize(
     ("kind", "made"),
-    [("lose_answer", 1), ("lose_request", 0), ("reset_mid_body", 1)],
+    [("lose_response", 1), ("lose_request", 0), ("reset_mid_body", 1)],
 )
 def test_lost_connections(sim: Simulator, kind: str, made: int) -> None:
     sim.faults.add("create_order", kind)
@@ -198,7 +198,7 @@ def test_wrong_faults(arguments: Any, options: Any, word: str) -> None:
 
 
 def test_faults_by_text() -> None:
-    sim = Simulator(**QUICK, faults=["create_order:lose_answer", "*:html_502:3"])
+    sim = Simulator(**QUICK, faults=["create_order:lose_response", "*:html_502:3"])
     assert sim.faults.waiting == 2
     for wrong in ("create_order", "create_order:x", "x:slow", "wallets:slow:x", "wallets:slow:0"):
         with pytest.raises(ValueError, match="must be"):

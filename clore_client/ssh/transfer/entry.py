@@ -190,12 +190,12 @@ class RemoteTree(Tree):
 
     Attributes:
         root: the directory itself.
-        odd: the entries that are neither a file nor a directory nor a symlink.
+        special: the entries that are neither a file nor a directory nor a symlink.
     """
 
     def __init__(self, excludes: Excludes | None = None) -> None:
         super().__init__()
-        self.odd: list[FileEntry] = []
+        self.special: list[FileEntry] = []
         self.root = FileEntry(b"", 0, 0, 0o755, "d")
         self._excludes = excludes or (lambda *_: False)
         self._folders = {b""}
@@ -205,7 +205,7 @@ class RemoteTree(Tree):
     @property
     def by_name(self) -> dict[bytes, FileEntry]:
         """All entries, and the root under the empty name."""
-        return {entry.name: entry for entry in [self.root, *self.entries, *self.odd]}
+        return {entry.name: entry for entry in [self.root, *self.entries, *self.special]}
 
     def add(self, entry: FileEntry) -> None:
         """Check an entry of a listing, and add it unless it or its directory is excluded."""
@@ -223,7 +223,7 @@ class RemoteTree(Tree):
         if name.rpartition(b"/")[0] in self._excluded or self._excludes(name, is_folder):
             self._excluded.add(name)
         else:
-            (self.odd if entry.kind == "other" else self.entries).append(entry)
+            (self.special if entry.kind == "other" else self.entries).append(entry)
 
 
 def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> RemoteTree:

@@ -316,7 +316,7 @@ def begin_tree(
 ) -> list[FileEntry]:
     """Check and begin the download of a directory; return its symlinks."""
     options = transfer.options
-    for entry in tree.odd:
+    for entry in tree.special:
         transfer.leave_out(entry.name, "it is not a file")
     kept = []
     for entry in tree.entries:

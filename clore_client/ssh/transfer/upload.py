@@ -405,9 +405,9 @@ class Upload:
         """Set modes and times of large files and directories, the deepest first."""
         preserve = self._options.preserve
         folders = [entry for entry in self._tree.entries if entry.kind == "d"]
-        odd = [entry for entry in folders if preserve or entry.mode & 0o700 != 0o700]
+        changed = [entry for entry in folders if preserve or entry.mode & 0o700 != 0o700]
         large = {p.entries[0].name: p.entries[0] for p in self._portions if p.start is not None}
-        for number, entry in enumerate([*large.values(), *odd[::-1]], 1):
+        for number, entry in enumerate([*large.values(), *changed[::-1]], 1):
             name = encoded_name(entry.name)
             control.send(b"mode %o %s %s\n" % (entry.mode, touch_time(entry.mtime).encode(), name))
             if number % MODE_LINES == 0:
