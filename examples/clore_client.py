@@ -10983,12 +10983,15 @@ def _name_errors(transport: Any, error: type[Exception]) -> None:
     transport.get_exception = named
 
 
-def close_after(transport: Any, clients: list[Any]) -> None:
-    """Close the jump hosts' connections with the transport that goes through them."""
+def guard_close(transport: Any, clients: list[Any]) -> None:
+    """Let a transport close without an error, and then the jump hosts that it goes through."""
     close = transport.close
 
     def close_all() -> None:
-        close()
+        try:
+            close()
+        except AttributeError:  # another thread is just opening a channel: a race in paramiko
+            transport.sock.close()
         for client in clients[::-1]:
             client.close()
 
@@ -12281,8 +12284,7 @@ class Login:
     def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
         transport.auth_interactive_dumb = self._refuse_questions
-        if hops:
-            close_after(transport, hops)
+        guard_close(transport, hops)
         return transport
 
     def _refuse_questions(self, *_: Any) -> None:

@@ -18,7 +18,7 @@ from clore_client.ssh.openssh import HostConfig
 from clore_client.ssh.transport import (
     PARAMIKO_LOGGER,
     Watchdog,
-    close_after,
+    guard_close,
     import_paramiko,
     is_connected,
     keep_alive,
@@ -194,8 +194,7 @@ class Login:
     def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
         transport.auth_interactive_dumb = self._refuse_questions
-        if hops:
-            close_after(transport, hops)
+        guard_close(transport, hops)
         return transport
 
     def _refuse_questions(self, *_: Any) -> None:

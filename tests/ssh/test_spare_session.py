@@ -6,6 +6,7 @@ import contextlib
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,45 @@ def test_a_closed_connection_has_no_spare(client: CloreClient) -> None:
         until(lambda: spare.closed)
         with pytest.raises(SSHError, match="closed"):
             client.run(order, "true", ssh=ssh)
+
+
+def test_a_close_while_another_thread_opens_a_channel(
+    client: CloreClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """paramiko lists the channel before it has a transport, which close() needs."""
+    opening, listed, closed = threading.Event(), threading.Event(), threading.Event()
+    with running_sshd(tmp_path / "sshd") as server:
+        ssh = client.connect_ssh(server.order(), key_path=server.key)
+        transport: Any = ssh.get_transport()
+        channel_class: Any = paramiko.Channel
+        put, stop = transport._channels.put, transport.stop_thread
+        assign = channel_class._set_transport
+
+        def put_late(*arguments: Any) -> None:
+            opening.set()
+            transport.join(60)  # paramiko's own thread
+            put(*arguments)
+            listed.set()
+
+        def stop_first() -> None:
+            stop()
+            listed.wait(60)
+
+        def assign_late(*arguments: Any) -> None:
+            closed.wait(60)
+            assign(*arguments)
+
+        def open_one() -> None:
+            with contextlib.suppress(EOFError, paramiko.SSHException):
+                transport.open_session()
+
+        monkeypatch.setattr(transport._channels, "put", put_late)
+        monkeypatch.setattr(transport, "stop_thread", stop_first)
+        monkeypatch.setattr(channel_class, "_set_transport", assign_late)
+        opener = threading.Thread(target=open_one)
+        opener.start()
+        opening.wait(60)
+        ssh.close()
+        closed.set()
+        opener.join(60)
+        assert transport.sock.fileno() == -1
