@@ -16428,9 +16428,13 @@ class Download:
         if self._options.streams is not None:
             self._most_at_once = min(RANGE, max(size // connections // BLOCK, 16) * BLOCK)
         self._ranges.extend(ranges)
+        if transfer.takes_turns:  # these scripts end by themselves, so each needs a connection
+            connections = min(connections, transfer.pool.size)
+            meanwhile()
         workers = min(max(len(ranges), size // BLOCK), connections) if ranges else 0
         transfer.start_workers(connections, workers, self._work)
-        meanwhile()
+        if not transfer.takes_turns:
+            meanwhile()
         transfer.finish_workers()
         self._work(transfer.pool.ssh)  # ranges for which no worker got a channel
 

@@ -175,6 +175,25 @@ def test_a_command_that_ends_while_another_one_starts(
     assert "SFTP" not in caplog.text
 
 
+def test_a_range_that_ends_while_the_small_files_start(
+    client: CloreClient, tmp_path: Path, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The script of a range ends by itself, so dropbear must not get another one meanwhile."""
+    tree, place = here / "tree", tmp_path / "far"
+    tree.mkdir()
+    place.mkdir()
+    for name in ("a\\b", "small"):  # a name with a backslash is not received with the small files
+        (tree / name).write_bytes(b"x")
+    slow_end = 'sh -c "$SSH_ORIGINAL_COMMAND"; code=$?; sleep 0.03; exit $code'
+    with Dropbear(tmp_path / "dropbear", slow_end) as dropbear:
+        with Relay(dropbear.port, delay=0.1) as relay:
+            far = through(relay, Far(client, dropbear.order(), place, key_path=dropbear.key))
+            shutil.copytree(tree, place / "tree")
+            far.down(inside(place / "tree"), here / "back")
+    assert snapshot(here / "back") == snapshot(tree)
+    assert "SFTP" not in caplog.text
+
+
 def test_a_userland_of_busybox(
     client: CloreClient, here: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
