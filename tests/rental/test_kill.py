@@ -48,6 +48,7 @@ class Child:
     """A process that rents, and prints each step."""
 
     def __init__(self, sim: Simulator, code: str, folder: Path) -> None:
+        self.sim = sim
         environment = {
             **os.environ,
             "CLORE_API_KEY": sim.api_key,
@@ -84,6 +85,16 @@ class Child:
             self.process.send_signal(signum)
         self.process.communicate(timeout=60)
         return self.process.returncode
+
+    def end_after(self, rng: random.Random, most: int) -> None:
+        """Kill the process at a random moment, after up to ``most`` further requests.
+
+        After a random time, it would not have begun on a busy machine.
+        """
+        last = len(self.sim.requests) + rng.randint(0, most)
+        until(lambda: len(self.sim.requests) >= last or self.process.poll() is not None, 60)
+        time.sleep(rng.uniform(0.0, 0.03))
+        self.end()
 
 
 Start = Callable[[str], Child]
@@ -150,8 +161,7 @@ def test_sigkill_at_random_moments(
         child.heard("ready")
         child.go()
         child.heard("off")
-        time.sleep(rng.uniform(0.0, 0.8))
-        child.end()
+        child.end_after(rng, 25)
         # Wait for requests that were on their way, and until ended orders are not listed.
         time.sleep(0.15)
         found = observer.leftovers(wait=0.3)
@@ -194,8 +204,7 @@ def test_sigkill_between_any_two_steps(
         child.heard("ready")
         child.go()
         child.heard("off")
-        time.sleep(rng.uniform(0.0, 3.0))
-        child.end()
+        child.end_after(rng, 60)
         time.sleep(0.2)
         running = active(busy)
         assert {o["order_id"] for o in observer.get_orders() if o.get("ssh_password")} == running
