@@ -92,7 +92,7 @@ class Child:
         After a random time, it would not have begun on a busy machine.
         """
         last = len(self.sim.requests) + rng.randint(0, most)
-        until(lambda: len(self.sim.requests) >= last or self.process.poll() is not None, 60)
+        until(lambda: len(self.sim.requests) >= last, 60)
         time.sleep(rng.uniform(0.0, 0.03))
         self.end()
 
@@ -183,8 +183,9 @@ import random
 say("off")
 while True:
     with client.rent(**options) as rental:
-        if random.random() < 0.7:
-            rental.keep(max_hours=1e-9)
+        if random.random() < 0.3:
+            continue
+        rental.keep(max_hours=1e-9)
     if random.random() < 0.5:
         client.attach(rental.order).keep(max_hours=random.choice([1e-9, None]))
     if random.random() < 0.5:
