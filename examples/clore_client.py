@@ -12983,23 +12983,25 @@ def whole_seconds(mtime: int) -> int:
     return min(max(mtime // 10**9, 0), LAST_TIME)
 
 
-def nanoseconds(seconds: int) -> int:
-    """Convert a time of a host to nanoseconds, limited to what file systems know."""
-    return min(max(seconds, 0), LAST_TIME) * 10**9
+def remote_entry(name: bytes, mode: int, size: int, seconds: int) -> FileEntry:
+    """Make an entry from the numbers of a host; limit the time to what file systems know."""
+    mtime = min(max(seconds, 0), LAST_TIME) * 10**9
+    return FileEntry(name, size, mtime, mode & 0o777, kind_of(mode))
 
 
-def entry_of(name: bytes, mode: int, size: int, seconds: int) -> FileEntry:
-    """Make an entry from the numbers that ``stat`` gives."""
-    return FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind_of(mode))
+def local_entry(name: bytes, status: os.stat_result, link: bytes = b"") -> FileEntry:
+    """Make an entry from the status of a local file."""
+    kind, mode = kind_of(status.st_mode), status.st_mode & 0o777
+    return FileEntry(name, status.st_size, status.st_mtime_ns, mode, kind, link)
 
 
 def parse_stat(line: bytes) -> FileEntry:
     """Read size, seconds and permissions of a file."""
-    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
+    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,4})", line)
     if found is None:
         raise SSHError("the host sent a file status that can't be read")
     size, seconds, mode = found.groups()
-    return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
+    return remote_entry(b"", stat.S_IFREG | int(mode, 8), int(size), int(seconds))
 
 
 def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
@@ -13036,10 +13038,20 @@ def about(entry: FileEntry) -> Iterator[None]:
 
 
 class Tree:
-    """The files, directories and symlinks of a transfer; each directory precedes its content."""
+    """The files, directories and symlinks of a transfer; each directory precedes its content.
+
+    Attributes:
+        root: the directory or the single file itself.
+        entries: what is in the directory; or only the file.
+    """
 
     def __init__(self) -> None:
+        self.root = FileEntry(b"", 0, 0, 0o755, "d")
         self.entries: list[FileEntry] = []
+
+    @property
+    def is_folder(self) -> bool:
+        return self.root.kind == "d"
 
     @property
     def files(self) -> list[FileEntry]:
@@ -13050,54 +13062,47 @@ class Tree:
         """The bytes of all files."""
         return sum(entry.size for entry in self.files)
 
-    def drop_files(self, files: list[FileEntry]) -> None:
-        """Remove files that need not be transferred."""
-        names = {entry.name for entry in files}
-        self.entries = [e for e in self.entries if e.kind != "f" or e.name not in names]
+
+def excludes_nothing(name: bytes, folder: bool) -> bool:
+    return False
 
 
 class RemoteTree(Tree):
-    """Check and hold the entries of a directory on a host.
+    """Check and hold a file on a host, or the entries of a directory.
 
     Attributes:
-        root: the directory itself.
-        special: the entries that are neither a file nor a directory nor a symlink.
+        excluded: the names that are left out, and those below them.
     """
 
-    def __init__(self, excludes: Excludes | None = None) -> None:
+    def __init__(self, excludes: Excludes = excludes_nothing) -> None:
         super().__init__()
-        self.special: list[FileEntry] = []
-        self.root = FileEntry(b"", 0, 0, 0o755, "d")
-        self._excludes = excludes or (lambda *_: False)
-        self._folders = {b""}
-        self._names: set[bytes] = set()
-        self._excluded: set[bytes] = set()
+        self.excluded: set[bytes] = set()
+        self._excludes = excludes
+        self._kinds: dict[bytes, str] = {}
 
     @property
     def by_name(self) -> dict[bytes, FileEntry]:
         """All entries, and the root under the empty name."""
-        return {entry.name: entry for entry in [self.root, *self.entries, *self.special]}
+        return {entry.name: entry for entry in [self.root, *self.entries]}
 
     def add(self, entry: FileEntry) -> None:
         """Check an entry of a listing, and add it unless it or its directory is excluded."""
-        name = entry.name
+        name, kind = entry.name, entry.kind
+        folder = name.rpartition(b"/")[0]
+        if name:
+            checked_name(name)
+        if name in self._kinds or (name and self._kinds.get(folder) != "d"):
+            raise SSHError(f"the host lists {printable(repr(name), 120)} in a wrong place")
+        self._kinds[name] = kind
         if not name:
             self.root = entry
-            return
-        checked_name(name)
-        if name in self._names or name.rpartition(b"/")[0] not in self._folders:
-            raise SSHError(f"the host lists {printable(repr(name), 120)} in a wrong place")
-        self._names.add(name)
-        is_folder = entry.kind == "d"
-        if is_folder:
-            self._folders.add(name)
-        if name.rpartition(b"/")[0] in self._excluded or self._excludes(name, is_folder):
-            self._excluded.add(name)
-        else:
-            (self.special if entry.kind == "other" else self.entries).append(entry)
+        if folder in self.excluded or (name and self._excludes(name, kind == "d")):
+            self.excluded.add(name)
+        elif name or kind == "f":
+            self.entries.append(entry)
 
 
-def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> RemoteTree:
+def parse_listing(text: bytes, most: int, excludes: Excludes = excludes_nothing) -> RemoteTree:
     """Read the output of the shell function ``list``, of at most so many entries."""
     # A name may contain a line end, so an entry begins only at a mode, a size, a time and "./".
     pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
@@ -13113,18 +13118,17 @@ def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> R
         if count > most:
             raise SSHError(f"the host lists more than {most} files")
         mode, size, seconds, name = found.groups()
-        tree.add(entry_of(name[2:], int(mode, 16), int(size), int(seconds)))
+        tree.add(remote_entry(name[2:], int(mode, 16), int(size), int(seconds)))
         at = found.end()
     return tree
 
 
-def excluder(patterns: Any) -> Excludes | None:
+def excluder(patterns: Any) -> Excludes:
     """Return a function that checks a name and its kind against patterns as in .gitignore."""
-    if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Iterable):
-        raise TypeError(f"exclude must be a list of patterns, not {short_repr(patterns)}")
+    check_list("exclude", patterns, "a list of patterns")
     lines = [check_string(f"exclude[{n}]", line) for n, line in enumerate(patterns)]
     if not lines:
-        return None
+        return excludes_nothing
     try:
         pathspec: Any = importlib.import_module("pathspec")
     except ImportError as error:
@@ -13140,53 +13144,31 @@ def excluder(patterns: Any) -> Excludes | None:
     return excludes
 
 
-def same_files(
-    files: list[FileEntry], options: Any, find: Callable[[FileEntry], FileEntry | None],
-    different: Callable[[list[FileEntry]], list[FileEntry]],
-) -> list[FileEntry]:  # fmt: skip
-    """Return the files that the target already has, if ``skip_unchanged`` asks for that.
-
-    Parameters:
-        find: returns the entry of the target, if there is one.
-        different: returns those of the files whose content differs.
-    """
-    same = []
-    for entry in files if options.skip_unchanged else ():
-        found = find(entry)
-        if found is not None and (found.kind, found.size) == ("f", entry.size):
-            same_time = whole_seconds(found.mtime) == whole_seconds(entry.mtime)
-            if same_time or options.skip_unchanged == "checksum":
-                same.append(entry)
-    if options.skip_unchanged == "checksum" and same:
-        others = {entry.name for entry in different(same)}
-        same = [entry for entry in same if entry.name not in others]
-    return same
-
-
 class LocalTree(Tree):
     """Find the files, directories and symlinks to upload, and those that are left out.
 
     Attributes:
-        mode, mtime: of ``path`` itself; ``mtime`` in nanoseconds.
+        whole: the absolute path.
+        left_out: (name, reason) for each of those that are left out.
     """
 
-    def __init__(self, path: bytes, symlinks: str, excluded: Excludes | None = None) -> None:
+    def __init__(self, path: bytes, symlinks: str, excludes: Excludes) -> None:
         super().__init__()
         self.path = path
-        self.symlinks = symlinks
-        self._excluded = excluded
+        self.whole = os.path.abspath(path)
+        self._symlinks = symlinks
+        self._excludes = excludes
         self.left_out: list[tuple[bytes, str]] = []
         try:
             status = os.stat(path)  # the path itself may be a symlink
         except FileNotFoundError:
             shown = printable(repr(os.fsdecode(path)), 300)
             raise FileNotFoundError(f"local: there is nothing at {shown}") from None
-        self.is_folder = stat.S_ISDIR(status.st_mode)
-        self.mode, self.mtime = status.st_mode & 0o777, status.st_mtime_ns
+        self.root = local_entry(b"", status)
         if self.is_folder:
             self._scan(b"", (os.path.realpath(path),))
-        elif stat.S_ISREG(status.st_mode):
-            self._add(b"", status)
+        elif self.root.kind == "f":
+            self.entries.append(self.root)
         else:
             raise ValueError(f"local is neither a file nor a directory: {os.fsdecode(path)!r}")
 
@@ -13210,20 +13192,20 @@ class LocalTree(Tree):
                 raise SSHError(CHANGED)
 
     def _scan(self, folder: bytes, above: tuple[bytes, ...]) -> None:
-        with os.scandir(os.path.join(self.path, folder) if folder else self.path) as found:
+        with os.scandir(os.path.join(self.path, folder)) as found:
             entries = sorted(found, key=lambda e: e.name)
         for entry in entries:
-            name = os.path.join(folder, entry.name) if folder else entry.name
+            name = folder + b"/" + entry.name if folder else entry.name
             status = entry.stat(follow_symlinks=False)
             kind = kind_of(status.st_mode)
-            if self._excluded is not None and self._excluded(name, kind == "d"):
+            if self._excludes(name, kind == "d"):
                 continue
             if kind == "l":
                 self._add_link(name, entry.path, status, above)
             elif kind == "other":
                 self.left_out.append((name, "it is not a file"))
             else:
-                self._add(name, status)
+                self.entries.append(local_entry(name, status))
                 if kind == "d":
                     self._scan(name, (*above, os.path.realpath(entry.path)))
 
@@ -13232,21 +13214,16 @@ class LocalTree(Tree):
     ) -> None:
         link, real = os.readlink(path), os.path.realpath(path)
         within = real.startswith(above[0].rstrip(b"/") + b"/") and os.path.exists(real)
-        if self.symlinks == "copy" and within and link_target(name, link) is not None:
-            self.entries.append(FileEntry(name, 0, status.st_mtime_ns, 0o777, "l", link))
-        elif self.symlinks == "follow" and within and os.path.isfile(real):
-            self._add(name, os.stat(real))
-        elif self.symlinks == "follow" and within and os.path.isdir(real) and real not in above:
-            self._add(name, os.stat(real))
+        follow = within and self._symlinks == "follow"
+        if within and self._symlinks == "copy" and link_target(name, link) is not None:
+            self.entries.append(local_entry(name, status, link))
+        elif follow and os.path.isfile(real):
+            self.entries.append(local_entry(name, os.stat(real)))
+        elif follow and os.path.isdir(real) and real not in above:
+            self.entries.append(local_entry(name, os.stat(real)))
             self._scan(name, (*above, real))
         else:
             self.left_out.append((name, f"a symlink to {os.fsdecode(link)}"))
-
-    def _add(self, name: bytes, status: os.stat_result) -> None:
-        if os.sep != "/":
-            name = name.replace(os.fsencode(os.sep), b"/")
-        kind, mode = kind_of(status.st_mode), status.st_mode & 0o777
-        self.entries.append(FileEntry(name, status.st_size, status.st_mtime_ns, mode, kind))
 
 
 def tar_header(entry: FileEntry) -> bytes:
@@ -13354,7 +13331,6 @@ INLINE = (
     "for l in $1; do s=$s$l$n; done; unset IFS; set +f; echo {mark}; eval \"$s\"' sh '{script}'"
 )
 NO_INPUT = 119  # the exit code if the input ends before the script
-Channel = TypeVar("Channel", bound=LimitedChannel)
 READS_ALL = "a start-up file of the host, such as ~/.bashrc, reads the input of all commands"
 MAX_INLINE = 4096  # bytes; dropbear accepts 9,000
 
@@ -13363,7 +13339,7 @@ class NoShellError(SSHError):
     """Report a host without a POSIX shell or one of the usual tools; SFTP may work."""
 
 
-def with_patience(seconds: float, open_channel: Callable[[], Channel]) -> Channel:
+def with_patience(seconds: float, open_channel: Callable[[], Any]) -> Any:
     """Open a channel; retry while the host opens no further one."""
     deadline = time.monotonic() + seconds
     while True:
@@ -13392,7 +13368,6 @@ class RemoteScript:
         turn: threading.Lock | None = None,
     ) -> None:  # fmt: skip
         self._transport = transport
-        self._watchdog = watchdog
         self._turn = turn
         self._ending = False
         self._mark = os.urandom(8).hex()
@@ -13401,7 +13376,14 @@ class RemoteScript:
         inline = None if reads else inlined(script)
         line = BOOTSTRAP if inline is None else INLINE
         command = line.format(mark=self._mark, script=inline)
-        self.channel = self._open(command, timeout, patience, window)
+
+        def open_channel() -> LimitedChannel:
+            with turn or contextlib.nullcontext():
+                channel = LimitedChannel(transport, timeout, watchdog, window)
+                channel.exec_command(command)
+            return channel
+
+        self.channel: LimitedChannel = with_patience(patience, open_channel)
         mark = self._mark.encode() + b"\n"
         # An inline script also gets lines, for start-up files that read some, and because dropbear
         # loses the output of a short script that has no input.
@@ -13410,17 +13392,6 @@ class RemoteScript:
         self.channel.in_buffer.set_event(self._arrived)
         if inline is not None and turn is None:
             self.end()  # a start-up file that reads all input ends then
-
-    def _open(self, command: str, timeout: float, patience: float, window: int) -> LimitedChannel:
-        """Run a command on a new channel."""
-
-        def once() -> LimitedChannel:
-            with self._turn or contextlib.nullcontext():
-                channel = LimitedChannel(self._transport, timeout, self._watchdog, window)
-                channel.exec_command(command)
-            return channel
-
-        return with_patience(patience, once)
 
     def __enter__(self) -> RemoteScript:
         return self
@@ -13444,10 +13415,6 @@ class RemoteScript:
         if self._turn is not None and self._ending:
             self._ending = False
             self._turn.release()
-
-    def hurry(self) -> None:
-        """Shorten the timeout, because the transfer stops."""
-        self.channel.timeout = min(self.channel.timeout, LAST_PATIENCE)
 
     # --- sending ---
 
@@ -13609,7 +13576,6 @@ def inlined(script: bytes) -> str | None:
 
 
 MAX_STREAMS = 16
-SYMLINK_WAYS = ("skip", "copy", "follow")
 # (size in bytes, connections): from this size on, more connections save more time than their logins
 # cost.
 UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
@@ -13623,41 +13589,32 @@ class TransferOptions:
     """Check the arguments of a transfer."""
 
     def __init__(
-        self, local: Any, remote: Any, *, preserve: Any = False, verify: Any = False,
-        resume: Any = False, symlinks: Any = "skip", streams: Any = None, max_bytes: Any = None,
-        progress: Any = None, on_progress: Any = None, timeout: Any = 30.0, deadline: Any = None,
-        skip_unchanged: Any = False, exclude: Any = (),
+        self, local: Any, remote: Any, *, preserve: Any, verify: Any, resume: Any, symlinks: Any,
+        exclude: Any, skip_unchanged: Any, streams: Any, progress: Any, on_progress: Any,
+        timeout: Any, deadline: Any,
     ) -> None:  # fmt: skip
         self.local = check_path("local", local)
         self.remote = check_path("remote", remote)
         self.source = remote_path(self.remote)
         if not isinstance(skip_unchanged, bool) and skip_unchanged != "checksum":
-            raise ValueError(
-                "skip_unchanged must be True, False or 'checksum', not "
-                f"{short_repr(skip_unchanged)}"
-            )
+            shown = short_repr(skip_unchanged)
+            raise ValueError(f"skip_unchanged must be True, False or 'checksum', not {shown}")
         self.skip_unchanged: bool | str = skip_unchanged
-        self.excluded = excluder(exclude)
+        self.excludes = excluder(exclude)
         # Times can only be compared later if they are kept now.
         self.preserve = check_bool("preserve", preserve) or skip_unchanged is True
         self.verify = check_bool("verify", verify)
         self.resume = check_bool("resume", resume)
-        if symlinks not in SYMLINK_WAYS:
-            raise ValueError(
-                f"symlinks must be 'skip', 'copy' or 'follow', not {short_repr(symlinks)}"
-            )
+        if symlinks not in ("skip", "copy", "follow"):
+            shown = short_repr(symlinks)
+            raise ValueError(f"symlinks must be 'skip', 'copy' or 'follow', not {shown}")
         self.symlinks: str = symlinks
-        self.streams = self.max_bytes = None
+        self.streams = None
         if streams is not None:
             self.streams = check_count("streams", streams, minimum=1, maximum=MAX_STREAMS)
-        if max_bytes is not None:
-            self.max_bytes = check_count("max_bytes", max_bytes)
-        shown = progress if isinstance(progress, bool) else False
-        self.events = ProgressOptions(on_progress, shown)
-        self.progress: Callable[[str, int, int], object] | None = None
-        if not isinstance(progress, bool):
-            check_callback("progress", progress, 3)
-            self.progress = progress
+        self.events = ProgressOptions(on_progress, progress is True)
+        self.progress = None if isinstance(progress, bool) else progress
+        check_callback("progress", self.progress, 3)
         self.timeout = check_number("timeout", timeout, above=True, unit="seconds")
         self.deadline = check_optional_number("deadline", deadline, above=True, unit="seconds")
 
@@ -13672,8 +13629,9 @@ class DownloadOptions(TransferOptions):
             the content of a directory.
     """
 
-    def __init__(self, remote: Any, local: Any, **given: Any) -> None:
+    def __init__(self, remote: Any, local: Any, *, max_bytes: Any, **given: Any) -> None:
         super().__init__(local, remote, **given)
+        self.max_bytes = None if max_bytes is None else check_count("max_bytes", max_bytes)
         here = os.fsdecode(os.path.expanduser(self.local))
         name = os.fsdecode(self.remote.rstrip(b"/").rpartition(b"/")[2])
         content = is_content(self.remote) or self.remote == b"~"
@@ -13690,28 +13648,21 @@ def is_content(path: bytes) -> bool:
 
 def check_path(name: str, value: Any) -> bytes:
     """Check a path, and return it as bytes."""
-    if not isinstance(value, (str, bytes, os.PathLike)):
-        raise TypeError(f"{name} must be a path, not {short_repr(value)}")
-    try:
-        path = os.fsencode(value)
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} has a character that is not allowed in a path") from None
-    if not path or b"\0" in path:
-        raise ValueError(f"{name} must not be empty or hold a NUL: {short_repr(path)}")
-    check_local_path(name, path)  # no host allows longer ones
+    check_type(name, value, "a path", str, bytes, os.PathLike)
+    check_local_path(name, value)  # no host allows longer ones
+    path = os.fsencode(value)
+    if not path:
+        raise ValueError(f"{name} must not be empty")
     return path
 
 
 class UploadOptions(TransferOptions):
     """Check the arguments of an upload."""
 
-    def __init__(
-        self, local: Any, remote: Any, *, preview: Any = False, delete: Any = False, **given: Any
-    ) -> None:
+    def __init__(self, local: Any, remote: Any, *, preview: Any, delete: Any, **given: Any) -> None:
         super().__init__(local, remote, **given)
-        folder = re.sub(rb"(/+\.?)+$", b"", self.source)
-        if folder != self.source:  # it ends with "/", "//" or "/."
-            self.source = folder + b"/"
+        self.content = is_content(self.local)
+        self.source = re.sub(rb"(/+\.?)+\Z", b"/", self.source)
         self.preview = check_bool("preview", preview)
         self.delete: bool | frozenset[bytes] = False
         if isinstance(delete, TransferResult) and delete.deletes is not None and not preview:
@@ -13729,7 +13680,7 @@ class UploadOptions(TransferOptions):
 def check_upload(local: Any, remote: Any, **given: Any) -> tuple[UploadOptions, LocalTree]:
     """Check the arguments of an upload, and find the files to send."""
     options = UploadOptions(local, remote, **given)
-    tree = LocalTree(os.path.expanduser(options.local), options.symlinks, options.excluded)
+    tree = LocalTree(os.path.expanduser(options.local), options.symlinks, options.excludes)
     if options.delete is not False and not tree.is_folder:
         raise ValueError("delete is for the upload of a directory, and local is a file")
     return options, tree
@@ -13743,7 +13694,7 @@ def upload_connections(options: UploadOptions, tree: LocalTree) -> int:
     return next((count for least, count in UPLOAD_CONNECTIONS if size >= least), 1)
 
 
-class StoppedError(Exception):
+class StoppedError(SSHError):
     """Stop a worker after another one has failed; used only within a transfer."""
 
 
@@ -13799,8 +13750,6 @@ class Transfer:
                 self.options.events.reporting() as self._report,
             ):
                 yield
-        except TransferError:
-            raise
         except failures as error:
             # The text of a plain SSHError is the whole reason: its traceback would only be noise.
             raise self._failure(error) from (None if type(error) is SSHError else error)
@@ -13852,9 +13801,33 @@ class Transfer:
         with self._lock:
             running = list(self._running)
         for script in running:
-            script.hurry()
+            script.channel.timeout = min(script.channel.timeout, LAST_PATIENCE)
             if script is not but:
                 script.close()
+
+    def leave_unchanged(
+        self, tree: Tree, find: Callable[[bytes], FileEntry | None],
+        different: Callable[[list[FileEntry]], list[FileEntry]],
+    ) -> None:  # fmt: skip
+        """Remove the files that the target already has, if ``skip_unchanged`` asks for that.
+
+        Parameters:
+            find: returns the entry of the target with a name, if there is one.
+            different: returns those of the files whose content differs.
+        """
+        how = self.options.skip_unchanged
+        same = []
+        for entry in tree.files if how else ():
+            found = find(entry.name)
+            if found is not None and (found.kind, found.size) == ("f", entry.size):
+                same_time = whole_seconds(found.mtime) == whole_seconds(entry.mtime)
+                if same_time or how == "checksum":
+                    same.append(entry)
+        names = {entry.name for entry in same}
+        if how == "checksum" and same:
+            names -= {entry.name for entry in different(same)}
+        tree.entries = [entry for entry in tree.entries if entry.name not in names]
+        self.unchanged = len(names)
 
     def different(
         self, ranges: Iterable[tuple[FileEntry, int, int]],
@@ -13904,8 +13877,6 @@ class Transfer:
             ssh = self.pool.get(number)
             if ssh is not None:
                 work(ssh)
-        except StoppedError:
-            pass
         except BaseException as error:
             failure = error
         self._events.put((None, failure))
@@ -15449,6 +15420,7 @@ def _raw_mode(source: int) -> Iterator[None]:
 
 
 PART = ".clore-part-"
+MAX_HOPS = 40  # symlinks that lead to each other
 ZEROS = bytes(TRANSFER_PIECE)
 Spans = list[tuple[int, int]]  # start and length
 # Returns those of the files whose content differs from that of their targets.
@@ -15557,19 +15529,18 @@ class LocalPart:
 
     # --- files ---
 
-    def accept(self, files: list[FileEntry], folder: bool) -> None:
-        """Check the sizes and the target, before anything is created."""
+    def check_target(self, is_folder: bool) -> None:
+        """Find the final path, and check what is there, before anything is created."""
         self._size = 0
-        self.grow(sum(entry.size for entry in files))
-        if folder:
+        if is_folder:
             self.target = self._options.folder_target
         target = self.target
         above = os.path.dirname(os.path.abspath(target))
-        if os.path.lexists(above) and not os.path.isdir(above):
-            raise NotADirectoryError(f"local is not a directory: {above!r}")
-        if folder:
-            if os.path.lexists(target) and not os.path.isdir(target):
-                raise NotADirectoryError(f"local is not a directory: {target!r}")
+        needed = [above, target] if is_folder else [above]
+        for folder in needed:
+            if os.path.lexists(folder) and not os.path.isdir(folder):
+                raise NotADirectoryError(f"local is not a directory: {folder!r}")
+        if is_folder:
             return
         if os.path.isdir(target):
             raise IsADirectoryError(f"local is a directory: {target!r}")
@@ -15589,33 +15560,30 @@ class LocalPart:
         if most is not None and self._size > most:
             raise SSHError(f"it has {self._size} bytes, and max_bytes is {most}")
 
-    def begin(self, entries: list[FileEntry]) -> None:
+    def begin(self, tree: RemoteTree) -> None:
         """Create the temporary file or directories; start over if the source has changed."""
         os.makedirs(self._part.parent, exist_ok=True)
-        single = entries[0] if len(entries) == 1 and not entries[0].name else None
-        if not set(self.done) <= {record_key(entry.version) for entry in entries}:
+        if not set(self.done) <= {record_key(entry.version) for entry in tree.entries}:
             self.clear()
         if not self.done:
             self._remove()
-        if single is None:
-            self._part.mkdir(mode=0o700, exist_ok=bool(self.done))
-            for entry in entries:
-                if entry.kind == "d":
-                    self.place(entry).mkdir(mode=0o700, exist_ok=bool(self.done))
-        else:
-            self.open(single).close()
+        if not tree.is_folder:
+            self.open(tree.root).close()
+            return
+        for entry in tree.by_name.values():
+            if entry.kind == "d":
+                self.place(entry).mkdir(mode=0o700, exist_ok=bool(self.done))
 
-    def target_of(self, entry: FileEntry) -> str:
+    def target_of(self, name: bytes) -> str:
         """Return the final path of an entry."""
-        return os.path.join(self.target, checked_name(entry.name)) if entry.name else self.target
+        return os.path.join(self.target, checked_name(name)) if name else self.target
 
-    def installed(self, entry: FileEntry) -> FileEntry | None:
+    def installed(self, name: bytes) -> FileEntry | None:
         """Return the entry that already exists at the final path of a file, or None."""
         try:
-            found = os.lstat(self.target_of(entry))
+            return local_entry(name, os.lstat(self.target_of(name)))
         except OSError:
             return None
-        return entry_of(entry.name, found.st_mode, found.st_size, int(found.st_mtime))
 
     def place(self, entry: FileEntry) -> Path:
         """Return the temporary path of an entry."""
@@ -15638,68 +15606,61 @@ class LocalPart:
 
     # --- the end ---
 
-    def install_file(self, entry: FileEntry) -> None:
-        found = os.stat(self._part)
-        if found.st_size != entry.size:
-            raise SSHError(f"{found.st_size} bytes have arrived")
-        self._finish(entry, self.target)
-        os.replace(self._part, self.target)
-
-    def install_tree(self, root: FileEntry, entries: list[FileEntry]) -> None:
-        merging = os.path.lexists(self.target)
+    def install(self, tree: RemoteTree) -> None:
+        """Move everything to the target, with the right modes and times."""
+        if not tree.is_folder:
+            size = os.stat(self._part).st_size
+            if size != tree.root.size:
+                raise SSHError(f"{size} bytes have arrived")
+        merges = tree.is_folder and os.path.lexists(self.target)
         # When merging, directories stay writable, so that files can be moved out of them.
-        for entry in entries[::-1]:
-            if entry.kind == "f" or (entry.kind == "d" and not merging):
-                place = os.path.join(self.target, checked_name(entry.name))
-                self._finish(entry, place if merging else "")
-        if merging:
-            merge_into(self._part, self.target, entries, self._options.preserve)
+        for entry in reversed(tree.by_name.values()):
+            if entry.kind == "f" or (entry.kind == "d" and not merges):
+                self._set_mode(entry)
+        if merges:
+            self._merge(tree.entries)
         else:
-            self._finish(root, "")
             os.makedirs(os.path.dirname(os.path.abspath(self.target)), exist_ok=True)
-            os.rename(self._part, self.target)
+            os.replace(self._part, self.target)
 
-    def _finish(self, entry: FileEntry, instead: str) -> None:
+    def _set_mode(self, entry: FileEntry) -> None:
         """Set permissions (of the source, or of the file it replaces) and, with preserve, times."""
-        place, mode = self.place(entry), entry.mode
-        if not self._options.preserve:
-            mode &= ~local_umask()
-            if instead and entry.kind == "f" and os.path.isfile(instead):
-                mode = stat.S_IMODE(os.stat(instead).st_mode)
-        os.chmod(place, mode)
+        place, mode, replaced = self.place(entry), entry.mode, self.target_of(entry.name)
         if self._options.preserve:
             os.utime(place, ns=(entry.mtime, entry.mtime))
+        elif os.path.isfile(replaced):
+            mode = stat.S_IMODE(os.stat(replaced).st_mode)
+        else:
+            mode &= ~local_umask()
+        os.chmod(place, mode)
+
+    def _merge(self, entries: list[FileEntry]) -> None:
+        """Move a tree into an existing one; never write through a symlink there."""
+        for entry in entries:  # check all before moving the first
+            target, is_folder = self.target_of(entry.name), entry.kind == "d"
+            shown = printable(os.fsdecode(entry.name), 300)
+            if os.path.islink(target) and is_folder:
+                raise SSHError(f"local has a symlink in the place of {shown}")
+            if os.path.lexists(target) and os.path.isdir(target) != is_folder:
+                raise SSHError(f"local has something else in the place of {shown}")
+        for entry in entries:
+            target = self.target_of(entry.name)
+            if entry.kind != "d":
+                os.replace(self.place(entry), target)
+            elif not os.path.isdir(target):
+                os.mkdir(target, entry.mode | 0o700)  # without what the umask forbids
+        for entry in entries[::-1]:
+            if entry.kind == "d" and self._options.preserve:
+                target = self.target_of(entry.name)
+                os.chmod(target, entry.mode)
+                os.utime(target, ns=(entry.mtime, entry.mtime))
+        shutil.rmtree(self._part)
 
 
 def local_umask() -> int:
     umask = os.umask(0o077)
     os.umask(umask)
     return umask
-
-
-def merge_into(part: Path, target: str, entries: list[FileEntry], preserve: bool) -> None:
-    """Move a tree into an existing one; never write through a symlink there."""
-    for entry in entries:  # check all before moving the first
-        place = os.path.join(target, checked_name(entry.name))
-        shown = printable(os.fsdecode(entry.name), 300)
-        if os.path.islink(place) and entry.kind == "d":
-            raise SSHError(f"local has a symlink in the place of {shown}")
-        if os.path.lexists(place) and os.path.isdir(place) != (entry.kind == "d"):
-            raise SSHError(f"local has something else in the place of {shown}")
-    umask = local_umask()
-    for entry in entries:
-        name = checked_name(entry.name)
-        place = os.path.join(target, name)
-        if entry.kind != "d":
-            os.replace(part / name, place)
-        elif not os.path.isdir(place):
-            os.mkdir(place, 0o700)
-            os.chmod(place, (entry.mode | 0o700) & (0o777 if preserve else ~umask))
-    for entry in [e for e in entries[::-1] if e.kind == "d" and preserve]:
-        place = os.path.join(target, checked_name(entry.name))
-        os.chmod(place, entry.mode)
-        os.utime(place, ns=(entry.mtime, entry.mtime))
-    shutil.rmtree(part)
 
 
 def write_piece(file: Any, piece: bytes) -> None:
@@ -15716,45 +15677,32 @@ def write_piece(file: Any, piece: bytes) -> None:
         view = view[file.write(view) :]
 
 
-def begin_file(
-    transfer: Transfer, part: LocalPart, entry: FileEntry, different: Different
-) -> list[FileEntry]:
-    """Check and begin the download of a file; return what to receive, unless it is unchanged."""
-    transfer.total = entry.size
-    part.accept([entry], folder=False)
-    if same_files([entry], transfer.options, part.installed, different):
-        transfer.unchanged = 1
-        return []
-    part.begin([entry])
-    return [entry]
-
-
-def begin_tree(
+def begin_download(
     transfer: Transfer, part: LocalPart, tree: RemoteTree, different: Different
 ) -> list[FileEntry]:
-    """Check and begin the download of a directory; return its symlinks."""
-    options = transfer.options
-    for entry in tree.special:
-        transfer.leave_out(entry.name, "it is not a file")
+    """Check and begin a download, unless nothing has changed; return the symlinks."""
     kept = []
     for entry in tree.entries:
-        if entry.kind == "l" and options.symlinks == "skip":
-            transfer.leave_out(entry.name, "a symlink")
+        why = ""
+        if entry.kind == "other":
+            why = "it is not a file"
+        elif entry.kind == "l" and transfer.options.symlinks == "skip":
+            why = "a symlink"
         elif entry.kind == "l" and b"\\" in entry.name:  # an escape for GNU tar
-            transfer.leave_out(entry.name, "a symlink whose name has a backslash")
+            why = "a symlink whose name has a backslash"
+        if why:
+            transfer.leave_out(entry.name, why)
         else:
             kept.append(entry)
     tree.entries = kept
     links = [entry for entry in kept if entry.kind == "l"]
+    part.check_target(tree.is_folder)
+    if not links or transfer.options.symlinks != "follow":  # a copy may need unchanged files
+        transfer.leave_unchanged(tree, part.installed, different)
     transfer.total = tree.size
-    part.accept(tree.files, folder=True)
-    if not links or options.symlinks != "follow":  # a followed symlink may need unchanged files
-        same = same_files(tree.files, options, part.installed, different)
-        tree.drop_files(same)
-        transfer.unchanged = len(same)
-        part.accept(tree.files, folder=True)
-    transfer.total = tree.size
-    part.begin(tree.entries)
+    part.grow(tree.size)
+    if tree.is_folder or tree.files:
+        part.begin(tree)
     return links
 
 
@@ -15764,17 +15712,17 @@ def make_links(
     """Create the symlinks that lead to something in the tree, or copies of it."""
     entries = {entry.name: entry for entry in tree.entries}
     folders = {entry.name for entry in tree.entries if entry.kind == "d"}
+    follow = transfer.options.symlinks == "follow"
     for link in links:
-        target, hops = link, 0
-        while target.kind == "l" and hops < 40:
-            within, hops = link_target(target.name, target.link, folders), hops + 1
-            found = entries.get(within) if within else None
-            if found is None:
+        target: FileEntry | None = link
+        for _ in range(MAX_HOPS):
+            if target is None or target.kind != "l":
                 break
-            target = found
-        inside = (link.name + b"/").startswith(target.name + b"/")
-        follow = transfer.options.symlinks == "follow"
-        if target.kind == "l" or (inside and follow):
+            target = entries.get(link_target(target.name, target.link, folders) or b"")
+        else:
+            target = None
+        inside = target is not None and (link.name + b"/").startswith(target.name + b"/")
+        if target is None or (inside and follow):
             transfer.leave_out(link.name, f"a symlink to {os.fsdecode(link.link)}")
             tree.entries.remove(link)
         elif not follow:
@@ -15884,24 +15832,22 @@ class RemoteFiles:
         found = self.look(path, follow)
         return "" if found is None else found.kind
 
-    def tree(self, path: bytes, excludes: Excludes | None = None) -> RemoteTree:
+    def tree(self, path: bytes, excludes: Excludes) -> RemoteTree:
         """Return the entry at a path, and all entries below it."""
         tree, found = RemoteTree(excludes), self.look(path)
         if found is not None:
             tree.add(found)
             if found.kind == "d":
-                self._walk(path, b"", tree, 0)
+                self._walk(path, b"", tree)
         return tree
 
-    def _walk(self, top: bytes, folder: bytes, tree: RemoteTree, level: int) -> None:
-        if level > MAX_LEVELS:
-            raise SSHError(f"the host lists more than {MAX_LEVELS} nested directories")
+    def _walk(self, top: bytes, folder: bytes, tree: RemoteTree) -> None:
         for entry in self._listed(_join(top, folder)):
             if folder:
                 entry.name = folder + b"/" + entry.name
-            tree.add(entry)
+            tree.add(entry)  # which limits the levels
             if entry.kind == "d":
-                self._walk(top, entry.name, tree, level + 1)
+                self._walk(top, entry.name, tree)
 
     def _listed(self, folder: bytes) -> list[FileEntry]:
         """Return the entries of a directory."""
@@ -15909,12 +15855,7 @@ class RemoteFiles:
         listed = list(itertools.islice(self.sftp.listdir_iter(folder), MAX_LISTED + 1))
         if len(listed) > MAX_LISTED:
             raise SSHError(f"the host lists more than {MAX_LISTED} files in a directory")
-        entries = [_entry(os.fsencode(found.filename), found) for found in listed]
-        for entry in entries:
-            if b"/" in entry.name:
-                shown = printable(repr(entry.name), 120)
-                raise SSHError(f"the host sent an invalid file name: {shown}")
-        return entries
+        return [_entry(os.fsencode(found.filename), found) for found in listed]
 
     def open(self, path: bytes, mode: str) -> Any:
         """Open a file for large requests."""
@@ -15932,17 +15873,13 @@ class RemoteFiles:
                 raise SSHError(f"{size - len(piece)} bytes are missing")
             yield piece
 
-    def digest(self, path: bytes, size: int) -> str:
-        """Return the SHA-256 of a file."""
-        digest = hashlib.sha256()
-        with self.open(path, "rb") as file:
-            for piece in self.pieces(file, 0, size):
-                digest.update(piece)
-        return digest.hexdigest()
-
     def differs(self, entry: FileEntry, path: bytes, here: str | Path) -> bool:
         """Return whether the SHA-256 of a file differs from that of a local file."""
-        return self.digest(path, entry.size) != file_digest(here, 0, entry.size)
+        digest = hashlib.sha256()
+        with self.open(path, "rb") as file:
+            for piece in self.pieces(file, 0, entry.size):
+                digest.update(piece)
+        return digest.hexdigest() != file_digest(here, 0, entry.size)
 
     def make_folders(self, folder: bytes) -> None:
         """Create a directory with its parents, if it is missing."""
@@ -15979,7 +15916,7 @@ def _entry(name: bytes, found: Any) -> FileEntry:
     """Check the attributes of a file that a host sent."""
     if None in (found.st_mode, found.st_size, found.st_mtime):
         raise SSHError("the host sends no size, time or mode of a file")
-    return entry_of(name, found.st_mode, int(found.st_size), int(found.st_mtime))
+    return remote_entry(name, found.st_mode, int(found.st_size), int(found.st_mtime))
 
 
 def _join(path: bytes, name: bytes) -> bytes:
@@ -15995,19 +15932,17 @@ class SftpDownload:
         self._remote = remote
         self._source = remote.absolute(transfer.options.source).rstrip(b"/") or b"/"
 
-    def look(self) -> FileEntry | RemoteTree:
-        found = self._remote.look(self._source)
-        if found is None:
+    def look(self) -> RemoteTree:
+        kind = self._remote.kind(self._source)
+        if not kind:
             raise SSHError("there is no such file")
-        if found.kind == "other":
+        if kind == "other":
             raise SSHError("it is neither a file nor a directory")
-        if found.kind == "f":
-            return found
-        return self._remote.tree(self._source, self._transfer.options.excluded)
+        return self._remote.tree(self._source, self._transfer.options.excludes)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         differs, target = self._remote.differs, self._part.target_of
-        return [e for e in files if differs(e, _join(self._source, e.name), target(e))]
+        return [e for e in files if differs(e, _join(self._source, e.name), target(e.name))]
 
     def receive(self, files: list[FileEntry], links: list[FileEntry]) -> None:
         for link in links:
@@ -16053,8 +15988,7 @@ class SftpUpload:
         self._tree = tree
         self._remote = remote
         self._target = self._find_target()
-        whole = os.path.abspath(tree.path)
-        token = part_token(self._options.resume, "sftp", self._target, whole)
+        token = part_token(self._options.resume, "sftp", self._target, tree.whole)
         self._part = _join(posixpath.dirname(self._target), PART.encode() + token.encode())
         self._confirmed = self._unconfirmed = 0  # bytes
 
@@ -16062,14 +15996,13 @@ class SftpUpload:
         """Check the target, and return its path."""
         remote, is_folder = self._remote, self._tree.is_folder
         path = remote.absolute(self._options.source)
-        name = os.path.basename(os.path.abspath(self._tree.path))
         if is_folder:
-            inside = not is_content(self._options.local)
+            inside = not self._options.content
         else:
             inside = path.endswith(b"/") or remote.kind(path) == "d"
         path = path.rstrip(b"/") or b"/"
         if inside:
-            path = _join(path, name)
+            path = _join(path, os.path.basename(self._tree.whole))
         kind = remote.kind(path)
         if kind != "d" and remote.kind(path, follow=False) == "l":
             if self._options.symlinks != "follow" or not kind:
@@ -16084,7 +16017,7 @@ class SftpUpload:
         return path
 
     def listing(self) -> tuple[bytes, RemoteTree]:
-        return self._target, self._remote.tree(self._target)
+        return self._target, self._remote.tree(self._target, self._options.excludes)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         differs, place = self._remote.differs, self._tree.place
@@ -16134,8 +16067,7 @@ class SftpUpload:
         found = self._remote.look(probe)
         self._remote.sftp.rmdir(probe)
         mask = 0o700 if found is None else found.mode
-        self._tree.mode &= mask
-        for entry in self._tree.entries:
+        for entry in [self._tree.root, *self._tree.entries]:
             entry.mode &= mask
 
     def _send_all(self) -> None:
@@ -16201,7 +16133,7 @@ class SftpUpload:
             remote.remove(part)
             return
         if tree.is_folder:
-            self._finish(FileEntry(b"", 0, tree.mtime, tree.mode, "d"), part, b"")
+            self._finish(tree.root, part, b"")
         remote.replace(part, target)
 
     def _check_place(self, entry: FileEntry, place: bytes) -> None:
@@ -16269,18 +16201,13 @@ def _download(transfer: Transfer, part: LocalPart) -> list[FileEntry]:
 def _receive_all(
     transfer: Transfer, part: LocalPart, receiver: Download | SftpDownload
 ) -> list[FileEntry]:
-    found = receiver.look()
-    if isinstance(found, FileEntry):
-        files = begin_file(transfer, part, found, receiver.different)
-        if files:
-            receiver.receive(files, [])
-            part.install_file(found)
-        return files
-    links = begin_tree(transfer, part, found, receiver.different)
-    files = found.files
-    receiver.receive(files, links)
-    make_links(transfer, part, found, links)
-    part.install_tree(found.root, found.entries)
+    tree = receiver.look()
+    links = begin_download(transfer, part, tree, receiver.different)
+    files = tree.files
+    if tree.is_folder or files:
+        receiver.receive(files, links)
+        make_links(transfer, part, tree, links)
+        part.install(tree)
     return files
 
 
@@ -16311,20 +16238,22 @@ class Download:
             self._look.finish()
         self._transfer.join_workers()
 
-    def look(self) -> FileEntry | RemoteTree:
-        """Return the source: the entry of a file, or the tree of a directory."""
+    def look(self) -> RemoteTree:
+        """Return the source: a file or a directory."""
         transfer = self._transfer
         look = self._look = transfer.script(
             transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
         )
         first = look.line()
         if first.startswith(b"f "):
-            return parse_stat(first[2:])
+            tree = RemoteTree()
+            tree.add(parse_stat(first[2:]))
+            return tree
         if first != b"d":
             raise look.refused(first)
         text = look.until(self._token.encode(), MAX_ANSWER)
         look.finish()
-        return parse_listing(text, MAX_FILES, self._options.excluded)
+        return parse_listing(text, MAX_FILES, self._options.excludes)
 
     def _look_script(self) -> bytes:
         options = self._options
@@ -16337,7 +16266,8 @@ class Download:
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         """Return those of the files whose content differs from that of their targets."""
-        return list(self._different([(e, 0, e.size) for e in files], self._part.target_of))
+        ranges = [(entry, 0, entry.size) for entry in files]
+        return list(self._different(ranges, lambda entry: self._part.target_of(entry.name)))
 
     def _different(self, ranges: Ranges, place: Callable[[FileEntry], Any]) -> Iterator[FileEntry]:
         return self._transfer.different(ranges, place, path=self._options.source)
@@ -16600,8 +16530,8 @@ MODE_LINES = 500  # files whose modes the host sets within the timeout
 def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) -> TransferResult:
     """Upload; see ``CloreClient.upload``."""
     options, tree = checked
-    name = os.path.basename(os.path.abspath(tree.path))
-    transfer = Transfer(pool, options, os.fsdecode(name) or "/", "upload")
+    name = os.fsdecode(os.path.basename(tree.whole)) or "/"
+    transfer = Transfer(pool, options, name, "upload")
     transfer.total = tree.size
     for left_out, why in tree.left_out:
         transfer.leave_out(left_out, why)
@@ -16634,10 +16564,8 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
     by_name = there.by_name
     deletes: list[bytes] = []
     if options.delete is not False:
-        transfer.deletes = deletes = _extra_names(tree, by_name, options)
-    same = same_files(tree.files, options, lambda e: by_name.get(e.name), sender.different)
-    tree.drop_files(same)
-    transfer.unchanged = len(same)
+        transfer.deletes = deletes = _extra_names(tree, there, options.delete)
+    transfer.leave_unchanged(tree, by_name.get, sender.different)
     transfer.total = tree.size
     if options.preview or not (tree.is_folder or tree.files):
         return path
@@ -16647,27 +16575,22 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
     return path
 
 
-def _extra_names(tree: LocalTree, there: dict[bytes, FileEntry], options: Any) -> list[bytes]:
-    """Return the names that only the target has, deepest first.
+def _extra_names(
+    tree: LocalTree, there: RemoteTree, delete: Literal[True] | frozenset[bytes]
+) -> list[bytes]:
+    """Return the names that only the target has, deepest first: those in ``delete``, or all.
 
     Names that match ``exclude``, or that the upload left out, are not returned.
     """
-    here = {entry.name for entry in tree.entries}
     left_out = {name for name, _ in tree.left_out}
-    excludes = options.excluded or (lambda *_: False)
-    kept: set[bytes] = {b""}
-    for name, entry in there.items():
+    stay = {b"", *there.excluded, *left_out, *(entry.name for entry in tree.entries)}
+    kept: set[bytes] = set()
+    for name in [*there.by_name, *there.excluded]:
         parts = name.split(b"/")
         above = [b"/".join(parts[:n]) for n in range(1, len(parts))]
-        if (
-            name in here
-            or not left_out.isdisjoint([*above, name])
-            or excludes(name, entry.kind == "d")
-            or any(excludes(folder, True) for folder in above)
-        ):
+        if name in stay or not left_out.isdisjoint(above):
             kept.update(above, [name])
-    listed = None if options.delete is True else options.delete
-    names = [n for n in there if n not in kept and (listed is None or n in listed)]
+    names = [n for n in there.by_name if n not in kept and (delete is True or n in delete)]
     return sorted(names, reverse=True)
 
 
@@ -16687,15 +16610,13 @@ class Upload:
         self._options: Any = transfer.options
         options = self._options
         self._tree = tree
-        whole = os.path.abspath(tree.path)
-        kind = "d" if tree.is_folder else "f"
-        content = is_content(options.local)
-        token = part_token(options.resume, kind, content, whole, options.remote)
+        kind, content = tree.root.kind, options.content
+        token = part_token(options.resume, kind, content, tree.whole, options.remote)
         self._token = token.encode()
         self._values: dict[str, Any] = {
             "f": options.source,
             "content": int(content),
-            "name": os.path.basename(whole) or b".",
+            "name": os.path.basename(tree.whole) or b".",
             "kind": kind,
             "token": token,
             "keep": int(options.resume),
@@ -16712,7 +16633,8 @@ class Upload:
         """Return the path of the target, and its entries."""
         with self._script("look", LIST_TARGET) as script:
             path = script.answer(b"target")
-            return path, parse_listing(script.until(self._token, MAX_ANSWER), MAX_FILES)
+            listed = script.until(self._token, MAX_ANSWER)
+            return path, parse_listing(listed, MAX_FILES, self._options.excludes)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         """Return those of the files whose content differs on the host."""
@@ -16770,10 +16692,9 @@ class Upload:
 
     def _control_script(self) -> bytes:
         tree = self._tree
-        size = 0 if tree.is_folder else tree.files[0].size
         return script_text(
             "upload", CONTROL, **self._values, look=0, preserve=int(self._options.preserve),
-            size=size, mode=f"{tree.mode:o}", time=touch_time(tree.mtime),
+            size=tree.root.size, mode=f"{tree.root.mode:o}", time=touch_time(tree.root.mtime),
             owner=os.urandom(8).hex(),
         )  # fmt: skip
 
@@ -16905,9 +16826,8 @@ class Upload:
         """Compare what an earlier upload sent, and with ``verify`` all small files."""
         if self._left:
             raise NoChannelError("the host opened no further channel")
-        if not self._tree.is_folder and self._tree.files and not self._tree.files[0].size:
-            self._transfer.count(self._tree.files[0], 0)
-        earlier = list(_ranges(self._earlier))
+        if not self._tree.is_folder and not self._tree.root.size:
+            self._transfer.count(self._tree.root, 0)
         compared = self._earlier
         if self._options.verify:
             compared = [portion for portion in compared if portion.start is not None]
@@ -16916,7 +16836,7 @@ class Upload:
             with about(entry):
                 control.send(b"wipe\n")
                 raise SSHError(DIFFERS)
-        for entry, _, size in earlier:
+        for entry, _, size in _ranges(self._earlier):
             self._transfer.count(entry, size)
 
     def _check_tree(self, control: RemoteScript) -> None:

@@ -31,8 +31,7 @@ from clore_client.ssh.transfer.entry import (
 )
 from clore_client.ssh.transfer.local_part import (
     LocalPart,
-    begin_file,
-    begin_tree,
+    begin_download,
     make_links,
     write_piece,
 )
@@ -80,18 +79,13 @@ def _download(transfer: Transfer, part: LocalPart) -> list[FileEntry]:
 def _receive_all(
     transfer: Transfer, part: LocalPart, receiver: Download | SftpDownload
 ) -> list[FileEntry]:
-    found = receiver.look()
-    if isinstance(found, FileEntry):
-        files = begin_file(transfer, part, found, receiver.different)
-        if files:
-            receiver.receive(files, [])
-            part.install_file(found)
-        return files
-    links = begin_tree(transfer, part, found, receiver.different)
-    files = found.files
-    receiver.receive(files, links)
-    make_links(transfer, part, found, links)
-    part.install_tree(found.root, found.entries)
+    tree = receiver.look()
+    links = begin_download(transfer, part, tree, receiver.different)
+    files = tree.files
+    if tree.is_folder or files:
+        receiver.receive(files, links)
+        make_links(transfer, part, tree, links)
+        part.install(tree)
     return files
 
 
@@ -122,20 +116,22 @@ class Download:
             self._look.finish()
         self._transfer.join_workers()
 
-    def look(self) -> FileEntry | RemoteTree:
-        """Return the source: the entry of a file, or the tree of a directory."""
+    def look(self) -> RemoteTree:
+        """Return the source: a file or a directory."""
         transfer = self._transfer
         look = self._look = transfer.script(
             transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
         )
         first = look.line()
         if first.startswith(b"f "):
-            return parse_stat(first[2:])
+            tree = RemoteTree()
+            tree.add(parse_stat(first[2:]))
+            return tree
         if first != b"d":
             raise look.refused(first)
         text = look.until(self._token.encode(), MAX_ANSWER)
         look.finish()
-        return parse_listing(text, MAX_FILES, self._options.excluded)
+        return parse_listing(text, MAX_FILES, self._options.excludes)
 
     def _look_script(self) -> bytes:
         options = self._options
@@ -148,7 +144,8 @@ class Download:
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         """Return those of the files whose content differs from that of their targets."""
-        return list(self._different([(e, 0, e.size) for e in files], self._part.target_of))
+        ranges = [(entry, 0, entry.size) for entry in files]
+        return list(self._different(ranges, lambda entry: self._part.target_of(entry.name)))
 
     def _different(self, ranges: Ranges, place: Callable[[FileEntry], Any]) -> Iterator[FileEntry]:
         return self._transfer.different(ranges, place, path=self._options.source)

@@ -12,25 +12,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clore_client.errors import SSHError, printable
+from clore_client.errors import SSHError
 from clore_client.ssh.transfer.entry import (
     BLOCK,
-    MAX_LEVELS,
     Excludes,
     FileEntry,
     LocalTree,
     RemoteTree,
     about,
     check_unchanged,
-    entry_of,
     file_digest,
     part_token,
     record_key,
+    remote_entry,
 )
 from clore_client.ssh.transfer.local_part import PART, LocalPart, write_piece
 from clore_client.ssh.transfer.remote_script import with_patience
 from clore_client.ssh.transfer.scripts import DIFFERS
-from clore_client.ssh.transfer.transfer import Transfer, is_content
+from clore_client.ssh.transfer.transfer import Transfer
 from clore_client.ssh.transport import (
     PARAMIKO_LOGGER,
     LimitedChannel,
@@ -109,24 +108,22 @@ class RemoteFiles:
         found = self.look(path, follow)
         return "" if found is None else found.kind
 
-    def tree(self, path: bytes, excludes: Excludes | None = None) -> RemoteTree:
+    def tree(self, path: bytes, excludes: Excludes) -> RemoteTree:
         """Return the entry at a path, and all entries below it."""
         tree, found = RemoteTree(excludes), self.look(path)
         if found is not None:
             tree.add(found)
             if found.kind == "d":
-                self._walk(path, b"", tree, 0)
+                self._walk(path, b"", tree)
         return tree
 
-    def _walk(self, top: bytes, folder: bytes, tree: RemoteTree, level: int) -> None:
-        if level > MAX_LEVELS:
-            raise SSHError(f"the host lists more than {MAX_LEVELS} nested directories")
+    def _walk(self, top: bytes, folder: bytes, tree: RemoteTree) -> None:
         for entry in self._listed(_join(top, folder)):
             if folder:
                 entry.name = folder + b"/" + entry.name
-            tree.add(entry)
+            tree.add(entry)  # which limits the levels
             if entry.kind == "d":
-                self._walk(top, entry.name, tree, level + 1)
+                self._walk(top, entry.name, tree)
 
     def _listed(self, folder: bytes) -> list[FileEntry]:
         """Return the entries of a directory."""
@@ -134,12 +131,7 @@ class RemoteFiles:
         listed = list(itertools.islice(self.sftp.listdir_iter(folder), MAX_LISTED + 1))
         if len(listed) > MAX_LISTED:
             raise SSHError(f"the host lists more than {MAX_LISTED} files in a directory")
-        entries = [_entry(os.fsencode(found.filename), found) for found in listed]
-        for entry in entries:
-            if b"/" in entry.name:
-                shown = printable(repr(entry.name), 120)
-                raise SSHError(f"the host sent an invalid file name: {shown}")
-        return entries
+        return [_entry(os.fsencode(found.filename), found) for found in listed]
 
     def open(self, path: bytes, mode: str) -> Any:
         """Open a file for large requests."""
@@ -157,17 +149,13 @@ class RemoteFiles:
                 raise SSHError(f"{size - len(piece)} bytes are missing")
             yield piece
 
-    def digest(self, path: bytes, size: int) -> str:
-        """Return the SHA-256 of a file."""
-        digest = hashlib.sha256()
-        with self.open(path, "rb") as file:
-            for piece in self.pieces(file, 0, size):
-                digest.update(piece)
-        return digest.hexdigest()
-
     def differs(self, entry: FileEntry, path: bytes, here: str | Path) -> bool:
         """Return whether the SHA-256 of a file differs from that of a local file."""
-        return self.digest(path, entry.size) != file_digest(here, 0, entry.size)
+        digest = hashlib.sha256()
+        with self.open(path, "rb") as file:
+            for piece in self.pieces(file, 0, entry.size):
+                digest.update(piece)
+        return digest.hexdigest() != file_digest(here, 0, entry.size)
 
     def make_folders(self, folder: bytes) -> None:
         """Create a directory with its parents, if it is missing."""
@@ -204,7 +192,7 @@ def _entry(name: bytes, found: Any) -> FileEntry:
     """Check the attributes of a file that a host sent."""
     if None in (found.st_mode, found.st_size, found.st_mtime):
         raise SSHError("the host sends no size, time or mode of a file")
-    return entry_of(name, found.st_mode, int(found.st_size), int(found.st_mtime))
+    return remote_entry(name, found.st_mode, int(found.st_size), int(found.st_mtime))
 
 
 def _join(path: bytes, name: bytes) -> bytes:
@@ -220,19 +208,17 @@ class SftpDownload:
         self._remote = remote
         self._source = remote.absolute(transfer.options.source).rstrip(b"/") or b"/"
 
-    def look(self) -> FileEntry | RemoteTree:
-        found = self._remote.look(self._source)
-        if found is None:
+    def look(self) -> RemoteTree:
+        kind = self._remote.kind(self._source)
+        if not kind:
             raise SSHError("there is no such file")
-        if found.kind == "other":
+        if kind == "other":
             raise SSHError("it is neither a file nor a directory")
-        if found.kind == "f":
-            return found
-        return self._remote.tree(self._source, self._transfer.options.excluded)
+        return self._remote.tree(self._source, self._transfer.options.excludes)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         differs, target = self._remote.differs, self._part.target_of
-        return [e for e in files if differs(e, _join(self._source, e.name), target(e))]
+        return [e for e in files if differs(e, _join(self._source, e.name), target(e.name))]
 
     def receive(self, files: list[FileEntry], links: list[FileEntry]) -> None:
         for link in links:
@@ -278,8 +264,7 @@ class SftpUpload:
         self._tree = tree
         self._remote = remote
         self._target = self._find_target()
-        whole = os.path.abspath(tree.path)
-        token = part_token(self._options.resume, "sftp", self._target, whole)
+        token = part_token(self._options.resume, "sftp", self._target, tree.whole)
         self._part = _join(posixpath.dirname(self._target), PART.encode() + token.encode())
         self._confirmed = self._unconfirmed = 0  # bytes
 
@@ -287,14 +272,13 @@ class SftpUpload:
         """Check the target, and return its path."""
         remote, is_folder = self._remote, self._tree.is_folder
         path = remote.absolute(self._options.source)
-        name = os.path.basename(os.path.abspath(self._tree.path))
         if is_folder:
-            inside = not is_content(self._options.local)
+            inside = not self._options.content
         else:
             inside = path.endswith(b"/") or remote.kind(path) == "d"
         path = path.rstrip(b"/") or b"/"
         if inside:
-            path = _join(path, name)
+            path = _join(path, os.path.basename(self._tree.whole))
         kind = remote.kind(path)
         if kind != "d" and remote.kind(path, follow=False) == "l":
             if self._options.symlinks != "follow" or not kind:
@@ -309,7 +293,7 @@ class SftpUpload:
         return path
 
     def listing(self) -> tuple[bytes, RemoteTree]:
-        return self._target, self._remote.tree(self._target)
+        return self._target, self._remote.tree(self._target, self._options.excludes)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         differs, place = self._remote.differs, self._tree.place
@@ -359,8 +343,7 @@ class SftpUpload:
         found = self._remote.look(probe)
         self._remote.sftp.rmdir(probe)
         mask = 0o700 if found is None else found.mode
-        self._tree.mode &= mask
-        for entry in self._tree.entries:
+        for entry in [self._tree.root, *self._tree.entries]:
             entry.mode &= mask
 
     def _send_all(self) -> None:
@@ -426,7 +409,7 @@ class SftpUpload:
             remote.remove(part)
             return
         if tree.is_folder:
-            self._finish(FileEntry(b"", 0, tree.mtime, tree.mode, "d"), part, b"")
+            self._finish(tree.root, part, b"")
         remote.replace(part, target)
 
     def _check_place(self, entry: FileEntry, place: bytes) -> None:

@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from clore_client.errors import SSHError
 from clore_client.log import logger
@@ -28,7 +28,6 @@ from clore_client.ssh.transfer.entry import (
     parse_listing,
     part_token,
     plan_portions,
-    same_files,
     tar_header,
     whole_seconds,
 )
@@ -53,7 +52,6 @@ from clore_client.ssh.transfer.sftp import SftpUpload, sftp_session
 from clore_client.ssh.transfer.transfer import (
     Transfer,
     UploadOptions,
-    is_content,
     upload_connections,
 )
 from clore_client.ssh.transport import NoChannelError, connection_errors
@@ -69,8 +67,8 @@ MODE_LINES = 500  # files whose modes the host sets within the timeout
 def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) -> TransferResult:
     """Upload; see ``CloreClient.upload``."""
     options, tree = checked
-    name = os.path.basename(os.path.abspath(tree.path))
-    transfer = Transfer(pool, options, os.fsdecode(name) or "/", "upload")
+    name = os.fsdecode(os.path.basename(tree.whole)) or "/"
+    transfer = Transfer(pool, options, name, "upload")
     transfer.total = tree.size
     for left_out, why in tree.left_out:
         transfer.leave_out(left_out, why)
@@ -103,10 +101,8 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
     by_name = there.by_name
     deletes: list[bytes] = []
     if options.delete is not False:
-        transfer.deletes = deletes = _extra_names(tree, by_name, options)
-    same = same_files(tree.files, options, lambda e: by_name.get(e.name), sender.different)
-    tree.drop_files(same)
-    transfer.unchanged = len(same)
+        transfer.deletes = deletes = _extra_names(tree, there, options.delete)
+    transfer.leave_unchanged(tree, by_name.get, sender.different)
     transfer.total = tree.size
     if options.preview or not (tree.is_folder or tree.files):
         return path
@@ -116,27 +112,22 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
     return path
 
 
-def _extra_names(tree: LocalTree, there: dict[bytes, FileEntry], options: Any) -> list[bytes]:
-    """Return the names that only the target has, deepest first.
+def _extra_names(
+    tree: LocalTree, there: RemoteTree, delete: Literal[True] | frozenset[bytes]
+) -> list[bytes]:
+    """Return the names that only the target has, deepest first: those in ``delete``, or all.
 
     Names that match ``exclude``, or that the upload left out, are not returned.
     """
-    here = {entry.name for entry in tree.entries}
     left_out = {name for name, _ in tree.left_out}
-    excludes = options.excluded or (lambda *_: False)
-    kept: set[bytes] = {b""}
-    for name, entry in there.items():
+    stay = {b"", *there.excluded, *left_out, *(entry.name for entry in tree.entries)}
+    kept: set[bytes] = set()
+    for name in [*there.by_name, *there.excluded]:
         parts = name.split(b"/")
         above = [b"/".join(parts[:n]) for n in range(1, len(parts))]
-        if (
-            name in here
-            or not left_out.isdisjoint([*above, name])
-            or excludes(name, entry.kind == "d")
-            or any(excludes(folder, True) for folder in above)
-        ):
+        if name in stay or not left_out.isdisjoint(above):
             kept.update(above, [name])
-    listed = None if options.delete is True else options.delete
-    names = [n for n in there if n not in kept and (listed is None or n in listed)]
+    names = [n for n in there.by_name if n not in kept and (delete is True or n in delete)]
     return sorted(names, reverse=True)
 
 
@@ -156,15 +147,13 @@ class Upload:
         self._options: Any = transfer.options
         options = self._options
         self._tree = tree
-        whole = os.path.abspath(tree.path)
-        kind = "d" if tree.is_folder else "f"
-        content = is_content(options.local)
-        token = part_token(options.resume, kind, content, whole, options.remote)
+        kind, content = tree.root.kind, options.content
+        token = part_token(options.resume, kind, content, tree.whole, options.remote)
         self._token = token.encode()
         self._values: dict[str, Any] = {
             "f": options.source,
             "content": int(content),
-            "name": os.path.basename(whole) or b".",
+            "name": os.path.basename(tree.whole) or b".",
             "kind": kind,
             "token": token,
             "keep": int(options.resume),
@@ -181,7 +170,8 @@ class Upload:
         """Return the path of the target, and its entries."""
         with self._script("look", LIST_TARGET) as script:
             path = script.answer(b"target")
-            return path, parse_listing(script.until(self._token, MAX_ANSWER), MAX_FILES)
+            listed = script.until(self._token, MAX_ANSWER)
+            return path, parse_listing(listed, MAX_FILES, self._options.excludes)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         """Return those of the files whose content differs on the host."""
@@ -239,10 +229,9 @@ class Upload:
 
     def _control_script(self) -> bytes:
         tree = self._tree
-        size = 0 if tree.is_folder else tree.files[0].size
         return script_text(
             "upload", CONTROL, **self._values, look=0, preserve=int(self._options.preserve),
-            size=size, mode=f"{tree.mode:o}", time=touch_time(tree.mtime),
+            size=tree.root.size, mode=f"{tree.root.mode:o}", time=touch_time(tree.root.mtime),
             owner=os.urandom(8).hex(),
         )  # fmt: skip
 
@@ -374,9 +363,8 @@ class Upload:
         """Compare what an earlier upload sent, and with ``verify`` all small files."""
         if self._left:
             raise NoChannelError("the host opened no further channel")
-        if not self._tree.is_folder and self._tree.files and not self._tree.files[0].size:
-            self._transfer.count(self._tree.files[0], 0)
-        earlier = list(_ranges(self._earlier))
+        if not self._tree.is_folder and not self._tree.root.size:
+            self._transfer.count(self._tree.root, 0)
         compared = self._earlier
         if self._options.verify:
             compared = [portion for portion in compared if portion.start is not None]
@@ -385,7 +373,7 @@ class Upload:
             with about(entry):
                 control.send(b"wipe\n")
                 raise SSHError(DIFFERS)
-        for entry, _, size in earlier:
+        for entry, _, size in _ranges(self._earlier):
             self._transfer.count(entry, size)
 
     def _check_tree(self, control: RemoteScript) -> None:
