@@ -11585,15 +11585,14 @@ DIFFERS = "SHA-256 differs: the received data was removed"
 MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing, or of digests
 
 # Precedes each script. Relative paths count from the home directory, even if a start-up file
-# changes the directory. $n is a line end, set before.
+# changes the directory. $n is a line end, set before. openssl is up to six times as fast as
+# sha256sum.
 PRELUDE = r"""
 unset CDPATH
 g=; last=
 no() { printf "no %s%s" "$*" "$n"; exit 1; }
 cd "${HOME:-/}" || no "there is no home directory ${HOME}"
-if command -v sha256sum >/dev/null; then sha=sha256sum; else sha="openssl dgst -sha256 -r"; fi
-# openssl is up to six times as fast.
-if command -v openssl >/dev/null; then sha="openssl dgst -sha256 -r"; fi
+if command -v openssl >/dev/null; then sha="openssl dgst -sha256 -r"; else sha=sha256sum; fi
 block=65536
 part() { # prints $3 bytes of the file $1 from its block $2 on
   if [ $(($3 % block)) = 0 ]; then blocks "$1" "$2" $(($3 / block))
@@ -11607,10 +11606,9 @@ list() { find . -exec stat -c "%f %s %Y %n" {} +; }
 """
 # Ends with the name of a tool that is missing.
 CHECK_TOOLS = r"""
-for t in chmod dd find head mkdir mv rm sort stat tar touch xargs; do
+for t in chmod dd find head mkdir mv rm ${sha%% *} sort stat tar touch xargs; do
   command -v $t >/dev/null || no "lacks $t"
 done
-command -v ${sha%% *} >/dev/null || no "lacks sha256sum"
 [ "$(echo abcdef | dd ibs=3 count=1 obs=4 iflag=fullblock 2>/dev/null)" = abc ] ||
   no "lacks a dd with iflag=fullblock"
 stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
@@ -11639,13 +11637,10 @@ p=${d%/}/.clore-part-$token
 r=$p.done
 """
 # Runs during the whole upload: creates the temporary name, and renames it at the end. If it stops
-# before that, it removes the temporary name, unless the upload may be resumed.
-CONTROL = (
-    CHECK_TOOLS
-    + TARGET
-    + r"""
+# before that, it removes the temporary name, unless the upload may be resumed. With resume, two
+# uploads may share the temporary name: only the last one that began may continue.
+CONTROL = r"""
 u=$(umask); umask 077
-# With resume, two uploads may share the temporary name: only the last one that began may continue.
 make() {
   if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi || return 1
   [ "$keep" = 0 ] || echo "$owner" >"$o"
@@ -11708,43 +11703,28 @@ go) [ "$keep" = 0 ] || [ "$(cat "$o" 2>/dev/null)" = "$owner" ] || {
 *) gone;;
 esac; done
 """
-)
 # Prints the target and a listing of it, which is empty if there is none.
-LIST_TARGET = (
-    CHECK_TOOLS
-    + TARGET
-    + r"""
+LIST_TARGET = r"""
 printf "target %s\n" "$f"
 if [ "$kind" = d ]; then [ ! -d "$f" ] || (cd "$f" && list)
 else [ ! -f "$f" ] || stat -L -c "%f %s %Y ." "$f"; fi
 echo "$token"
 """
-)
 # Removes the files or the empty directories below the target whose names it reads.
-REMOVE = (
-    TARGET
-    + r"""
+REMOVE = r"""
 cd "$f" || exit 1
 if [ "$what" = d ]; then xargs -0 rmdir 2>/dev/null; else xargs -0 rm -f || exit 1; fi
 echo removed
 """
-)
-# Precedes scripts that start at the same time as CONTROL, and wait for the temporary name.
-WAIT = (
-    TARGET
-    + r"""
+# Writes portions: before each comes a line (block, size, key, name), after it a dot. A portion is
+# a chunk of a file, or a tar archive where the block is "tar".
+# It starts at the same time as CONTROL, and waits for the temporary name.
+PUT = r"""
 w=0; until [ -e "$p" ]; do
   w=$((w+1)); [ $w -lt 500 ] || no "the upload did not start"
   sleep 0.02 2>/dev/null || sleep 1
 done
 umask 077
-"""
-)
-# Writes portions: before each comes a line (block, size, key, name), after it a dot. A portion is
-# a chunk of a file, or a tar archive where the block is "tar".
-PUT = (
-    WAIT
-    + r"""
 c=$conv
 put() { dd of="$p$g" ibs="$s" count=1 obs=$block seek="$k" iflag=fullblock conv=$c 2>&1; }
 archive() { dd ibs="$s" count=1 obs=$block iflag=fullblock 2>/dev/null; }
@@ -11763,16 +11743,13 @@ while read -r k s key q && [ -e "$p" ]; do
 done
 echo end
 """
-)
 # Print SHA-256: of each chunk for which a line (block, size, name) comes, and of each file that is
 # named, in the order of the names. ``sort`` reads all names before the first output, which would
 # block if the client still sent names instead of reading it.
 CHUNK_DIGESTS = r"""while read -r k s q; do inner; part "$path$g" "$k" "$s" | $sha; done"""
 FILE_DIGESTS = r"""cd "$path" && sort -z | xargs -0 $sha"""
 # Prints the type of the source, then a listing, or the content of a file that is not too large.
-LOOK = (
-    CHECK_TOOLS
-    + r"""
+LOOK = r"""
 if [ -d "$f" ]; then
   cd "$f" || no "$f: it cannot be entered"
   echo d; list; echo "$token"
@@ -11788,7 +11765,6 @@ elif [ -f "$f" ]; then
 elif [ -e "$f" ]; then no "it is neither a file nor a directory"
 else no "there is no such file"; fi
 """
-)
 # Prints a tar archive of the files whose names it reads, a block with a mark, and a new listing.
 GET_TREE = r"""
 cd "$f" || exit 1
@@ -11802,11 +11778,11 @@ stat -L -c "%s %Y %a" "$f"
 """
 
 
-def script_text(verb: str, body: str, **values: bytes | str | int) -> bytes:
-    """Return a script with ``values`` as shell variables; ``verb`` names it."""
+def script_text(verb: str, *parts: str, **values: bytes | str | int) -> bytes:
+    """Return a script of these parts with ``values`` as shell variables; ``verb`` names it."""
     lines = [b": " + verb.encode()]
     lines += [name.encode() + b"=" + sh_quoted(value) for name, value in values.items()]
-    return b"\n".join([*lines, (PRELUDE + body).encode()])
+    return b"\n".join([*lines, *(part.encode() for part in (PRELUDE, *parts))])
 
 
 def sh_quoted(value: bytes | str | int) -> bytes:
@@ -13448,6 +13424,13 @@ class RemoteScript:
         if not self._begun:
             self._skip_noise()
         return self._receive(most)
+
+    def piece(self, left: int) -> bytes:
+        """Return some of the ``left`` bytes of output that must still follow."""
+        piece = self.read(min(TRANSFER_PIECE, left))
+        if not piece:
+            raise SSHError(f"{left} bytes are missing: {self.refused()}")
+        return piece
 
     def line(self) -> bytes:
         """Return the next line without its end, or the rest of the output."""
@@ -16262,7 +16245,9 @@ class Download:
             most = min(most, options.max_bytes)
         in_ranges = self._part.done or options.verify or (options.streams or 1) > 1
         self._most = -1 if in_ranges or options.skip_unchanged else most
-        return script_text("look", LOOK, f=options.source, token=self._token, most=self._most)
+        return script_text(
+            "look", CHECK_TOOLS, LOOK, f=options.source, token=self._token, most=self._most
+        )
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         """Return those of the files whose content differs from that of their targets."""
@@ -16322,10 +16307,7 @@ class Download:
             file.seek(start)
             try:
                 while at < start + length:
-                    piece = running.read(min(TRANSFER_PIECE, start + length - at))
-                    if not piece:
-                        left = start + length - at
-                        raise SSHError(f"{left} bytes are missing: {running.refused()}")
+                    piece = running.piece(start + length - at)
                     write_piece(file, piece)
                     if digest is not None:
                         digest.update(piece)
@@ -16390,7 +16372,8 @@ class Download:
         script = script_text("get", GET, f=place, k=start // BLOCK, s=length)
         with self._transfer.script(ssh, script, DATA_WINDOW, reads=False) as get:
             self._write(get, entry, start, length, digest)
-            _compare(get.line(), digest.hexdigest())
+            if get.line()[:64] != digest.hexdigest().encode():
+                raise SSHError("SHA-256 differs")
             check_unchanged(entry, parse_stat(get.line()))
             get.expect_end()
 
@@ -16499,17 +16482,8 @@ class TarReader:
     def _exactly(self, size: int) -> bytes:
         data = b""
         while len(data) < size:
-            piece = self._running.read(size - len(data))
-            if not piece:
-                left = size - len(data)
-                raise SSHError(f"{left} bytes are missing: {self._running.refused()}")
-            data += piece
+            data += self._running.piece(size - len(data))
         return data
-
-
-def _compare(line: bytes, digest: str) -> None:
-    if line[:64] != digest.encode():
-        raise SSHError("SHA-256 differs" if len(line) >= 64 else "the host sent no SHA-256")
 
 
 # ==================================================================================================
@@ -16625,13 +16599,13 @@ class Upload:
         self._control: RemoteScript | None = None
         self._lock = threading.Lock()
 
-    def _script(self, verb: str, body: str, **values: Any) -> RemoteScript:
-        text = script_text(verb, body, look=1, **self._values, **values)
+    def _script(self, verb: str, *parts: str, **values: Any) -> RemoteScript:
+        text = script_text(verb, *parts, look=1, **self._values, **values)
         return self._transfer.script(self._transfer.pool.ssh, text)
 
     def listing(self) -> tuple[bytes, RemoteTree]:
         """Return the path of the target, and its entries."""
-        with self._script("look", LIST_TARGET) as script:
+        with self._script("look", CHECK_TOOLS, TARGET, LIST_TARGET) as script:
             path = script.answer(b"target")
             listed = script.until(self._token, MAX_ANSWER)
             return path, parse_listing(listed, MAX_FILES, self._options.excludes)
@@ -16652,7 +16626,7 @@ class Upload:
         """Remove files, and directories if they are empty, in this order."""
         for what, names in (("f", files), ("d", folders)):
             if names:
-                with self._script("remove", REMOVE, what=what) as script:
+                with self._script("remove", TARGET, REMOVE, what=what) as script:
                     script.send_names(names)
                     script.answer(b"removed")
 
@@ -16691,11 +16665,11 @@ class Upload:
                 self._control.close()
 
     def _control_script(self) -> bytes:
-        tree = self._tree
+        root = self._tree.root
         return script_text(
-            "upload", CONTROL, **self._values, look=0, preserve=int(self._options.preserve),
-            size=tree.root.size, mode=f"{tree.root.mode:o}", time=touch_time(tree.root.mtime),
-            owner=os.urandom(8).hex(),
+            "upload", CHECK_TOOLS, TARGET, CONTROL, **self._values, look=0,
+            preserve=int(self._options.preserve), size=root.size, mode=f"{root.mode:o}",
+            time=touch_time(root.mtime), owner=os.urandom(8).hex(),
         )  # fmt: skip
 
     def _tidy(self) -> None:
@@ -16753,7 +16727,9 @@ class Upload:
         how, hashes = "op" if self._options.preserve else "opm", int(self._hashes)
         # Two dd that write holes into one file can shorten it.
         conv = "notrunc,sparse" if self._workers == 1 else "notrunc"
-        script = script_text("put", PUT, **self._values, look=0, how=how, hash=hashes, conv=conv)
+        script = script_text(
+            "put", TARGET, PUT, **self._values, look=0, how=how, hash=hashes, conv=conv
+        )
         with self._transfer.script(ssh, script) as put:
             sent: list[tuple[Portion, bytes]] = []  # with digests, not confirmed yet
             while (portion := self._take()) is not None:

@@ -37,6 +37,7 @@ from clore_client.ssh.transfer.local_part import (
 )
 from clore_client.ssh.transfer.remote_script import DATA_WINDOW, NoShellError, RemoteScript
 from clore_client.ssh.transfer.scripts import (
+    CHECK_TOOLS,
     DIFFERS,
     GET,
     GET_TREE,
@@ -140,7 +141,9 @@ class Download:
             most = min(most, options.max_bytes)
         in_ranges = self._part.done or options.verify or (options.streams or 1) > 1
         self._most = -1 if in_ranges or options.skip_unchanged else most
-        return script_text("look", LOOK, f=options.source, token=self._token, most=self._most)
+        return script_text(
+            "look", CHECK_TOOLS, LOOK, f=options.source, token=self._token, most=self._most
+        )
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         """Return those of the files whose content differs from that of their targets."""
@@ -200,10 +203,7 @@ class Download:
             file.seek(start)
             try:
                 while at < start + length:
-                    piece = running.read(min(TRANSFER_PIECE, start + length - at))
-                    if not piece:
-                        left = start + length - at
-                        raise SSHError(f"{left} bytes are missing: {running.refused()}")
+                    piece = running.piece(start + length - at)
                     write_piece(file, piece)
                     if digest is not None:
                         digest.update(piece)
@@ -268,7 +268,8 @@ class Download:
         script = script_text("get", GET, f=place, k=start // BLOCK, s=length)
         with self._transfer.script(ssh, script, DATA_WINDOW, reads=False) as get:
             self._write(get, entry, start, length, digest)
-            _compare(get.line(), digest.hexdigest())
+            if get.line()[:64] != digest.hexdigest().encode():
+                raise SSHError("SHA-256 differs")
             check_unchanged(entry, parse_stat(get.line()))
             get.expect_end()
 
@@ -377,14 +378,5 @@ class TarReader:
     def _exactly(self, size: int) -> bytes:
         data = b""
         while len(data) < size:
-            piece = self._running.read(size - len(data))
-            if not piece:
-                left = size - len(data)
-                raise SSHError(f"{left} bytes are missing: {self._running.refused()}")
-            data += piece
+            data += self._running.piece(size - len(data))
         return data
-
-
-def _compare(line: bytes, digest: str) -> None:
-    if line[:64] != digest.encode():
-        raise SSHError("SHA-256 differs" if len(line) >= 64 else "the host sent no SHA-256")

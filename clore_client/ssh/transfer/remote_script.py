@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from clore_client.errors import SSHError, printable
-from clore_client.ssh.transfer.entry import BLOCK
+from clore_client.ssh.transfer.entry import BLOCK, TRANSFER_PIECE
 from clore_client.ssh.transport import (
     CHANNEL_PAUSE,
     COMMAND_WINDOW,
@@ -165,6 +165,13 @@ class RemoteScript:
         if not self._begun:
             self._skip_noise()
         return self._receive(most)
+
+    def piece(self, left: int) -> bytes:
+        """Return some of the ``left`` bytes of output that must still follow."""
+        piece = self.read(min(TRANSFER_PIECE, left))
+        if not piece:
+            raise SSHError(f"{left} bytes are missing: {self.refused()}")
+        return piece
 
     def line(self) -> bytes:
         """Return the next line without its end, or the rest of the output."""

@@ -38,6 +38,7 @@ from clore_client.ssh.transfer.remote_script import (
     RemoteScript,
 )
 from clore_client.ssh.transfer.scripts import (
+    CHECK_TOOLS,
     CONTROL,
     DIFFERS,
     LIST_TARGET,
@@ -162,13 +163,13 @@ class Upload:
         self._control: RemoteScript | None = None
         self._lock = threading.Lock()
 
-    def _script(self, verb: str, body: str, **values: Any) -> RemoteScript:
-        text = script_text(verb, body, look=1, **self._values, **values)
+    def _script(self, verb: str, *parts: str, **values: Any) -> RemoteScript:
+        text = script_text(verb, *parts, look=1, **self._values, **values)
         return self._transfer.script(self._transfer.pool.ssh, text)
 
     def listing(self) -> tuple[bytes, RemoteTree]:
         """Return the path of the target, and its entries."""
-        with self._script("look", LIST_TARGET) as script:
+        with self._script("look", CHECK_TOOLS, TARGET, LIST_TARGET) as script:
             path = script.answer(b"target")
             listed = script.until(self._token, MAX_ANSWER)
             return path, parse_listing(listed, MAX_FILES, self._options.excludes)
@@ -189,7 +190,7 @@ class Upload:
         """Remove files, and directories if they are empty, in this order."""
         for what, names in (("f", files), ("d", folders)):
             if names:
-                with self._script("remove", REMOVE, what=what) as script:
+                with self._script("remove", TARGET, REMOVE, what=what) as script:
                     script.send_names(names)
                     script.answer(b"removed")
 
@@ -228,11 +229,11 @@ class Upload:
                 self._control.close()
 
     def _control_script(self) -> bytes:
-        tree = self._tree
+        root = self._tree.root
         return script_text(
-            "upload", CONTROL, **self._values, look=0, preserve=int(self._options.preserve),
-            size=tree.root.size, mode=f"{tree.root.mode:o}", time=touch_time(tree.root.mtime),
-            owner=os.urandom(8).hex(),
+            "upload", CHECK_TOOLS, TARGET, CONTROL, **self._values, look=0,
+            preserve=int(self._options.preserve), size=root.size, mode=f"{root.mode:o}",
+            time=touch_time(root.mtime), owner=os.urandom(8).hex(),
         )  # fmt: skip
 
     def _tidy(self) -> None:
@@ -290,7 +291,9 @@ class Upload:
         how, hashes = "op" if self._options.preserve else "opm", int(self._hashes)
         # Two dd that write holes into one file can shorten it.
         conv = "notrunc,sparse" if self._workers == 1 else "notrunc"
-        script = script_text("put", PUT, **self._values, look=0, how=how, hash=hashes, conv=conv)
+        script = script_text(
+            "put", TARGET, PUT, **self._values, look=0, how=how, hash=hashes, conv=conv
+        )
         with self._transfer.script(ssh, script) as put:
             sent: list[tuple[Portion, bytes]] = []  # with digests, not confirmed yet
             while (portion := self._take()) is not None:
