@@ -13030,6 +13030,11 @@ class Tree:
         return self.root.kind == "d"
 
     @property
+    def by_name(self) -> dict[bytes, FileEntry]:
+        """All entries, after the root under the empty name."""
+        return {entry.name: entry for entry in [self.root, *self.entries]}
+
+    @property
     def files(self) -> list[FileEntry]:
         return [entry for entry in self.entries if entry.kind == "f"]
 
@@ -13055,11 +13060,6 @@ class RemoteTree(Tree):
         self.excluded: set[bytes] = set()
         self._excludes = excludes
         self._kinds: dict[bytes, str] = {}
-
-    @property
-    def by_name(self) -> dict[bytes, FileEntry]:
-        """All entries, and the root under the empty name."""
-        return {entry.name: entry for entry in [self.root, *self.entries]}
 
     def add(self, entry: FileEntry) -> None:
         """Check an entry of a listing, and add it unless it or its directory is excluded."""
@@ -13431,6 +13431,13 @@ class RemoteScript:
         if not piece:
             raise SSHError(f"{left} bytes are missing: {self.refused()}")
         return piece
+
+    def exactly(self, size: int) -> bytes:
+        """Return the next ``size`` bytes of output."""
+        data = b""
+        while len(data) < size:
+            data += self.piece(size - len(data))
+        return data
 
     def line(self) -> bytes:
         """Return the next line without its end, or the rest of the output."""
@@ -15433,7 +15440,6 @@ class LocalPart:
     def __enter__(self) -> LocalPart:
         if self._options.resume:
             self._open_record()
-            self.done = self._read_record()
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
@@ -15456,16 +15462,11 @@ class LocalPart:
             self._record.close()
             self._record = None
             raise SSHError("another process runs the same transfer: wait for its end")
-
-    def _read_record(self) -> dict[str, Spans]:
-        done: dict[str, Spans] = {}
-        if os.path.lexists(self._part):
-            lines = re.findall(
-                r"^([0-9a-f]{32}) (\d{1,18}) (\d{1,18})\n", self._record.read(), re.M
-            )
-            for key, start, length in lines:
-                done.setdefault(key, []).append((int(start), int(length)))
-        return done
+        line = r"^([0-9a-f]{32}) (\d{1,18}) (\d{1,18})\n"
+        for key, start, length in re.findall(line, self._record.read(), re.M):
+            self.done.setdefault(key, []).append((int(start), int(length)))
+        if not os.path.lexists(self._part):
+            self.clear()
 
     def note(self, entry: FileEntry, start: int, end: int) -> int:
         """Record a range, in whole blocks or up to the end of the file; return where it ends."""
@@ -15499,16 +15500,14 @@ class LocalPart:
         return merged
 
     def missing(self, entry: FileEntry) -> Spans:
-        """Return the ranges of a file that are missing."""
+        """Return the ranges of a file that are missing; of an empty file, one without bytes."""
+        earlier = self.earlier(entry)
         left, at = [], 0
-        for start, length in [*self.earlier(entry), (entry.size, 0)]:
+        for start, length in [*earlier, (entry.size, 0)]:
             if start > at:
                 left.append((at, start - at))
-            at = max(at, start + length)
-        return left
-
-    def is_done(self, entry: FileEntry) -> bool:
-        return record_key(entry.version) in self.done and not self.missing(entry)
+            at = start + length
+        return left if earlier or entry.size else [(0, 0)]
 
     # --- files ---
 
@@ -15771,25 +15770,20 @@ def sftp_session(transfer: Transfer) -> Iterator[RemoteFiles]:
         channel.invoke_subsystem("sftp")
         return channel
 
-    channel: Any = with_patience(min(SFTP_PATIENCE, transfer.timeout), once)
     unreadable = (paramiko.SFTPError, UnicodeError, ValueError, TypeError)
     failures: tuple[type[Exception], ...] = (*unreadable, *connection_errors())
-    try:
+    with contextlib.closing(with_patience(min(SFTP_PATIENCE, transfer.timeout), once)) as channel:
         try:
             sftp = paramiko.SFTPClient(channel)
         except failures as error:
-            raise SSHError(
-                f"the host has neither a usual shell nor SFTP: {reason(error)}"
-            ) from error
+            text = f"the host has neither a usual shell nor SFTP: {reason(error)}"
+            raise SSHError(text) from error
         sftp.logger = logging.getLogger(PARAMIKO_LOGGER)  # it logs names without escaping them
         try:
             yield RemoteFiles(sftp)
         except unreadable as error:
-            raise SSHError(
-                f"the host sent an answer that can't be read: {reason(error)}"
-            ) from error
-    finally:
-        channel.close()
+            text = f"the host sent an answer that can't be read: {reason(error)}"
+            raise SSHError(text) from error
 
 
 class RemoteFiles:
@@ -15954,8 +15948,7 @@ class SftpDownload:
             self._transfer.moved(entry, 0)
         check_unchanged(entry, self._remote.look(source))
         # Not after every resumed download: hashing costs as much as receiving the file again.
-        verify = self._transfer.options.verify
-        if verify and self._remote.differs(entry, source, part.place(entry)):
+        if self._transfer.options.verify and self._remote.differs(entry, source, part.place(entry)):
             part.clear()
             raise SSHError(DIFFERS)
         for _, length in earlier:
@@ -15987,16 +15980,15 @@ class SftpUpload:
         if inside:
             path = _join(path, os.path.basename(self._tree.whole))
         kind = remote.kind(path)
+        shown = os.fsdecode(path)
         if kind != "d" and remote.kind(path, follow=False) == "l":
             if self._options.symlinks != "follow" or not kind:
-                raise SSHError(
-                    f"{os.fsdecode(path)} is a symlink: remove it, or pass symlinks='follow'"
-                )
+                raise SSHError(f"{shown} is a symlink: remove it, or pass symlinks='follow'")
             path = os.fsencode(remote.sftp.normalize(path))
         if kind and (kind == "d") != is_folder:
-            raise SSHError(f"{os.fsdecode(path)} is {'not ' if is_folder else ''}a directory")
+            raise SSHError(f"{shown} is {'not ' if is_folder else ''}a directory")
         if kind == "other":
-            raise SSHError(f"{os.fsdecode(path)} is neither a file nor a directory")
+            raise SSHError(f"{shown} is neither a file nor a directory")
         return path
 
     def listing(self) -> tuple[bytes, RemoteTree]:
@@ -16054,19 +16046,16 @@ class SftpUpload:
             entry.mode &= mask
 
     def _send_all(self) -> None:
-        sftp, part = self._remote.sftp, self._part
-        if self._tree.is_folder and not self._remote.kind(part):
-            sftp.mkdir(part, 0o700)
-        for entry in self._tree.entries:
-            place = _join(part, entry.name)
+        for entry in self._tree.by_name.values():
+            place = _join(self._part, entry.name)
             if entry.kind == "d" and not self._remote.kind(place):
-                sftp.mkdir(place, 0o700)
+                self._remote.sftp.mkdir(place, 0o700)
             elif entry.kind == "l":
                 self._remote.remove(place)
-                sftp.symlink(entry.link, place)
+                self._remote.sftp.symlink(entry.link, place)
         for entry in self._tree.files:
             with about(entry):
-                self._send_file(entry, _join(part, entry.name))
+                self._send_file(entry, _join(self._part, entry.name))
 
     def _send_file(self, entry: FileEntry, place: bytes) -> None:
         start = 0
@@ -16082,11 +16071,10 @@ class SftpUpload:
         if start or not entry.size:
             self._transfer.moved(entry, start)
         found = self._remote.look(place)
-        if found is None or found.size != entry.size:
-            size = 0 if found is None else found.size
+        size = 0 if found is None else found.size
+        if size != entry.size:
             raise SSHError(f"{size} of {entry.size} bytes arrived")
-        verify = self._options.verify
-        if verify and self._remote.differs(entry, place, self._tree.place(entry)):
+        if self._options.verify and self._remote.differs(entry, place, self._tree.place(entry)):
             self._remote.remove(place)
             raise SSHError(DIFFERS)
 
@@ -16101,23 +16089,27 @@ class SftpUpload:
             self._unconfirmed = 0
 
     def _install(self) -> None:
+        """Move everything to the target, with the right modes and times."""
         remote, tree, part, target = self._remote, self._tree, self._part, self._target
         exists = bool(remote.kind(target))
-        if exists and tree.is_folder:
+        merges = exists and tree.is_folder
+        if merges:
             for entry in tree.entries:
                 self._check_place(entry, _join(target, entry.name))
-        for entry in tree.entries[::-1]:
-            if entry.kind == "f" or (entry.kind == "d" and not exists):
-                instead = _join(target, entry.name) if exists else b""
-                self._finish(entry, _join(part, entry.name), instead)
-        if tree.is_folder and exists:
-            for entry in tree.entries:
-                self._move(entry, _join(part, entry.name), _join(target, entry.name))
-            remote.remove(part)
+        for entry in reversed(tree.by_name.values()):
+            if entry.kind == "f" or (entry.kind == "d" and not merges):
+                self._set_mode(entry, exists)
+        if not merges:
+            remote.replace(part, target)
             return
-        if tree.is_folder:
-            self._finish(tree.root, part, b"")
-        remote.replace(part, target)
+        for entry in tree.entries:
+            place = _join(target, entry.name)
+            if entry.kind != "d":
+                remote.replace(_join(part, entry.name), place)
+            elif not remote.kind(place):
+                remote.sftp.mkdir(place, 0o700)
+                remote.sftp.chmod(place, entry.mode | 0o700)
+        remote.remove(part)
 
     def _check_place(self, entry: FileEntry, place: bytes) -> None:
         """Check what exists in the place of an entry, before any file is moved there."""
@@ -16129,21 +16121,15 @@ class SftpUpload:
         if kind and (kind == "d") != (entry.kind == "d"):
             raise SSHError(f"{os.fsdecode(place)} is {'' if kind == 'd' else 'not '}a directory")
 
-    def _finish(self, entry: FileEntry, place: bytes, instead: bytes) -> None:
+    def _set_mode(self, entry: FileEntry, exists: bool) -> None:
         """Set permissions (of the source, or of the file it replaces) and, with preserve, times."""
-        mode, found = entry.mode, self._remote.look(instead) if instead else None
-        if not self._options.preserve and found is not None:
-            mode = found.mode
-        self._remote.sftp.chmod(place, mode)
+        sftp, place = self._remote.sftp, _join(self._part, entry.name)
         if self._options.preserve:
-            self._remote.sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))
-
-    def _move(self, entry: FileEntry, place: bytes, target: bytes) -> None:
-        if entry.kind != "d":
-            self._remote.replace(place, target)
-        elif not self._remote.kind(target):
-            self._remote.sftp.mkdir(target, 0o700)
-            self._remote.sftp.chmod(target, entry.mode | 0o700)
+            sftp.chmod(place, entry.mode)
+            sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))
+            return
+        found = self._remote.look(_join(self._target, entry.name)) if exists else None
+        sftp.chmod(place, entry.mode if found is None else found.mode)
 
 
 # ==================================================================================================
@@ -16223,10 +16209,8 @@ class Download:
 
     def look(self) -> RemoteTree:
         """Return the source: a file or a directory."""
-        transfer = self._transfer
-        look = self._look = transfer.script(
-            transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
-        )
+        ssh, script = self._transfer.pool.ssh, self._look_script()
+        look = self._look = self._transfer.script(ssh, script, DATA_WINDOW, reads=False)
         first = look.line()
         if first.startswith(b"f "):
             tree = RemoteTree()
@@ -16277,7 +16261,7 @@ class Download:
         look = self._look
         if entry.size > self._most:
             look.finish()
-            self._get_ranges(self._missing(entry))
+            self._get_ranges([(entry, *found) for found in self._part.missing(entry)])
             return
         self._write(look, entry, 0, entry.size)
         check_unchanged(entry, parse_stat(look.line()))
@@ -16288,11 +16272,9 @@ class Download:
         small: list[FileEntry] = []
         ranges: Ranges = []
         for entry in files:
-            if self._part.is_done(entry):
-                continue
             # GNU tar reads a backslash in a name as an escape.
             if entry.size >= SMALL_FILE or b"\\" in entry.name or self._part.earlier(entry):
-                ranges += self._missing(entry)
+                ranges += [(entry, *found) for found in self._part.missing(entry)]
             else:
                 small.append(entry)
         self._get_ranges(ranges, lambda: self._get_small(small + links))
@@ -16323,11 +16305,6 @@ class Download:
             self._transfer.moved(entry, 0)
 
     # --- ranges ---
-
-    def _missing(self, entry: FileEntry) -> Ranges:
-        """Return the ranges of a file that are missing; one for an empty file."""
-        missing = self._part.missing(entry) if entry.size else [(0, 0)]
-        return [(entry, start, size) for start, size in missing]
 
     def _get_ranges(self, ranges: Ranges, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Let workers receive the ranges; call ``meanwhile`` in this thread."""
@@ -16396,8 +16373,7 @@ class Download:
 
     def _receive_tar(self, get: RemoteScript, wanted: dict[bytes, FileEntry]) -> None:
         received: dict[bytes, FileEntry] = {}
-        reader = TarReader(get, self._token.encode())
-        while (info := reader.next()) is not None:
+        for info in tar_members(get, self._token.encode()):
             name = os.fsencode(info.name).removeprefix(b"./")
             entry = wanted.pop(name, None)
             if entry is None:
@@ -16431,59 +16407,39 @@ class Download:
             raise SSHError(CHANGED)
 
 
-class TarReader:
-    """Read the members of consecutive tar archives, up to a block with a mark.
+def tar_members(running: RemoteScript, mark: bytes) -> Iterator[Any]:
+    """Yield the members of consecutive tar archives, up to a block with a mark.
 
-    Parameters:
-        running: the :class:`RemoteScript` that sends them.
+    The content of a member must be read before the next one is requested.
     """
+    import tarfile
 
-    def __init__(self, running: Any, mark: bytes) -> None:
-        self._running = running
-        self._mark = mark
-        self._padding = 0
-
-    def next(self) -> Any:
-        """Return the next member, or None at the mark."""
-        import tarfile
-
-        self._exactly(self._padding)
-        self._padding = 0
-        long: dict[bytes, bytes] = {}  # a name or a symlink's target that does not fit in a header
-        while True:
-            header = self._exactly(TAR_BLOCK)
-            if header.rstrip(b" \n") == self._mark:
-                return None
-            if not header.strip(b"\0"):
-                continue
-            try:
-                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-            except (tarfile.HeaderError, ValueError) as error:
-                raise SSHError("the host sends no valid tar archive") from error
-            if info.size < 0:
-                raise SSHError("the host sends a negative size")
-            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
-                if info.size > MAX_TAR_EXTRA:
-                    raise SSHError("the host sends a name that is too long")
-                extra = self._exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
-                if info.type == tarfile.XHDTYPE:  # records of a length, a keyword and a value
-                    long.update(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
-                else:
-                    is_name = info.type == tarfile.GNUTYPE_LONGNAME
-                    long[b"path" if is_name else b"linkpath"] = extra.rstrip(b"\0")
-                continue
-            info.name = os.fsdecode(long.get(b"path", b"")) or info.name
-            info.linkname = os.fsdecode(long.get(b"linkpath", b"")) or info.linkname
-            if not info.isreg():
-                info.size = 0
-            self._padding = -info.size % TAR_BLOCK
-            return info
-
-    def _exactly(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            data += self._running.piece(size - len(data))
-        return data
+    long: dict[bytes, bytes] = {}  # a name or a symlink's target that does not fit in a header
+    while (header := running.exactly(TAR_BLOCK)).rstrip(b" \n") != mark:
+        if not header.strip(b"\0"):
+            continue
+        try:
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except (tarfile.HeaderError, ValueError) as error:
+            raise SSHError("the host sends no valid tar archive") from error
+        if info.size < 0:
+            raise SSHError("the host sends a negative size")
+        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
+            if info.size > MAX_TAR_EXTRA:
+                raise SSHError("the host sends a name that is too long")
+            extra = running.exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
+            if info.type == tarfile.XHDTYPE:  # records of a length, a keyword and a value
+                long.update(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
+            else:
+                is_name = info.type == tarfile.GNUTYPE_LONGNAME
+                long[b"path" if is_name else b"linkpath"] = extra.rstrip(b"\0")
+            continue
+        info.name = os.fsdecode(long.pop(b"path", b"")) or info.name
+        info.linkname = os.fsdecode(long.pop(b"linkpath", b"")) or info.linkname
+        if not info.isreg():
+            info.size = 0
+        yield info
+        running.exactly(-info.size % TAR_BLOCK)
 
 
 # ==================================================================================================

@@ -119,10 +119,8 @@ class Download:
 
     def look(self) -> RemoteTree:
         """Return the source: a file or a directory."""
-        transfer = self._transfer
-        look = self._look = transfer.script(
-            transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
-        )
+        ssh, script = self._transfer.pool.ssh, self._look_script()
+        look = self._look = self._transfer.script(ssh, script, DATA_WINDOW, reads=False)
         first = look.line()
         if first.startswith(b"f "):
             tree = RemoteTree()
@@ -173,7 +171,7 @@ class Download:
         look = self._look
         if entry.size > self._most:
             look.finish()
-            self._get_ranges(self._missing(entry))
+            self._get_ranges([(entry, *found) for found in self._part.missing(entry)])
             return
         self._write(look, entry, 0, entry.size)
         check_unchanged(entry, parse_stat(look.line()))
@@ -184,11 +182,9 @@ class Download:
         small: list[FileEntry] = []
         ranges: Ranges = []
         for entry in files:
-            if self._part.is_done(entry):
-                continue
             # GNU tar reads a backslash in a name as an escape.
             if entry.size >= SMALL_FILE or b"\\" in entry.name or self._part.earlier(entry):
-                ranges += self._missing(entry)
+                ranges += [(entry, *found) for found in self._part.missing(entry)]
             else:
                 small.append(entry)
         self._get_ranges(ranges, lambda: self._get_small(small + links))
@@ -219,11 +215,6 @@ class Download:
             self._transfer.moved(entry, 0)
 
     # --- ranges ---
-
-    def _missing(self, entry: FileEntry) -> Ranges:
-        """Return the ranges of a file that are missing; one for an empty file."""
-        missing = self._part.missing(entry) if entry.size else [(0, 0)]
-        return [(entry, start, size) for start, size in missing]
 
     def _get_ranges(self, ranges: Ranges, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Let workers receive the ranges; call ``meanwhile`` in this thread."""
@@ -292,8 +283,7 @@ class Download:
 
     def _receive_tar(self, get: RemoteScript, wanted: dict[bytes, FileEntry]) -> None:
         received: dict[bytes, FileEntry] = {}
-        reader = TarReader(get, self._token.encode())
-        while (info := reader.next()) is not None:
+        for info in tar_members(get, self._token.encode()):
             name = os.fsencode(info.name).removeprefix(b"./")
             entry = wanted.pop(name, None)
             if entry is None:
@@ -327,56 +317,36 @@ class Download:
             raise SSHError(CHANGED)
 
 
-class TarReader:
-    """Read the members of consecutive tar archives, up to a block with a mark.
+def tar_members(running: RemoteScript, mark: bytes) -> Iterator[Any]:
+    """Yield the members of consecutive tar archives, up to a block with a mark.
 
-    Parameters:
-        running: the :class:`RemoteScript` that sends them.
+    The content of a member must be read before the next one is requested.
     """
+    import tarfile
 
-    def __init__(self, running: Any, mark: bytes) -> None:
-        self._running = running
-        self._mark = mark
-        self._padding = 0
-
-    def next(self) -> Any:
-        """Return the next member, or None at the mark."""
-        import tarfile
-
-        self._exactly(self._padding)
-        self._padding = 0
-        long: dict[bytes, bytes] = {}  # a name or a symlink's target that does not fit in a header
-        while True:
-            header = self._exactly(TAR_BLOCK)
-            if header.rstrip(b" \n") == self._mark:
-                return None
-            if not header.strip(b"\0"):
-                continue
-            try:
-                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-            except (tarfile.HeaderError, ValueError) as error:
-                raise SSHError("the host sends no valid tar archive") from error
-            if info.size < 0:
-                raise SSHError("the host sends a negative size")
-            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
-                if info.size > MAX_TAR_EXTRA:
-                    raise SSHError("the host sends a name that is too long")
-                extra = self._exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
-                if info.type == tarfile.XHDTYPE:  # records of a length, a keyword and a value
-                    long.update(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
-                else:
-                    is_name = info.type == tarfile.GNUTYPE_LONGNAME
-                    long[b"path" if is_name else b"linkpath"] = extra.rstrip(b"\0")
-                continue
-            info.name = os.fsdecode(long.get(b"path", b"")) or info.name
-            info.linkname = os.fsdecode(long.get(b"linkpath", b"")) or info.linkname
-            if not info.isreg():
-                info.size = 0
-            self._padding = -info.size % TAR_BLOCK
-            return info
-
-    def _exactly(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            data += self._running.piece(size - len(data))
-        return data
+    long: dict[bytes, bytes] = {}  # a name or a symlink's target that does not fit in a header
+    while (header := running.exactly(TAR_BLOCK)).rstrip(b" \n") != mark:
+        if not header.strip(b"\0"):
+            continue
+        try:
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except (tarfile.HeaderError, ValueError) as error:
+            raise SSHError("the host sends no valid tar archive") from error
+        if info.size < 0:
+            raise SSHError("the host sends a negative size")
+        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
+            if info.size > MAX_TAR_EXTRA:
+                raise SSHError("the host sends a name that is too long")
+            extra = running.exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
+            if info.type == tarfile.XHDTYPE:  # records of a length, a keyword and a value
+                long.update(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
+            else:
+                is_name = info.type == tarfile.GNUTYPE_LONGNAME
+                long[b"path" if is_name else b"linkpath"] = extra.rstrip(b"\0")
+            continue
+        info.name = os.fsdecode(long.pop(b"path", b"")) or info.name
+        info.linkname = os.fsdecode(long.pop(b"linkpath", b"")) or info.linkname
+        if not info.isreg():
+            info.size = 0
+        yield info
+        running.exactly(-info.size % TAR_BLOCK)

@@ -183,6 +183,11 @@ class Tree:
         return self.root.kind == "d"
 
     @property
+    def by_name(self) -> dict[bytes, FileEntry]:
+        """All entries, after the root under the empty name."""
+        return {entry.name: entry for entry in [self.root, *self.entries]}
+
+    @property
     def files(self) -> list[FileEntry]:
         return [entry for entry in self.entries if entry.kind == "f"]
 
@@ -208,11 +213,6 @@ class RemoteTree(Tree):
         self.excluded: set[bytes] = set()
         self._excludes = excludes
         self._kinds: dict[bytes, str] = {}
-
-    @property
-    def by_name(self) -> dict[bytes, FileEntry]:
-        """All entries, and the root under the empty name."""
-        return {entry.name: entry for entry in [self.root, *self.entries]}
 
     def add(self, entry: FileEntry) -> None:
         """Check an entry of a listing, and add it unless it or its directory is excluded."""

@@ -60,7 +60,6 @@ class LocalPart:
     def __enter__(self) -> LocalPart:
         if self._options.resume:
             self._open_record()
-            self.done = self._read_record()
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
@@ -83,16 +82,11 @@ class LocalPart:
             self._record.close()
             self._record = None
             raise SSHError("another process runs the same transfer: wait for its end")
-
-    def _read_record(self) -> dict[str, Spans]:
-        done: dict[str, Spans] = {}
-        if os.path.lexists(self._part):
-            lines = re.findall(
-                r"^([0-9a-f]{32}) (\d{1,18}) (\d{1,18})\n", self._record.read(), re.M
-            )
-            for key, start, length in lines:
-                done.setdefault(key, []).append((int(start), int(length)))
-        return done
+        line = r"^([0-9a-f]{32}) (\d{1,18}) (\d{1,18})\n"
+        for key, start, length in re.findall(line, self._record.read(), re.M):
+            self.done.setdefault(key, []).append((int(start), int(length)))
+        if not os.path.lexists(self._part):
+            self.clear()
 
     def note(self, entry: FileEntry, start: int, end: int) -> int:
         """Record a range, in whole blocks or up to the end of the file; return where it ends."""
@@ -126,16 +120,14 @@ class LocalPart:
         return merged
 
     def missing(self, entry: FileEntry) -> Spans:
-        """Return the ranges of a file that are missing."""
+        """Return the ranges of a file that are missing; of an empty file, one without bytes."""
+        earlier = self.earlier(entry)
         left, at = [], 0
-        for start, length in [*self.earlier(entry), (entry.size, 0)]:
+        for start, length in [*earlier, (entry.size, 0)]:
             if start > at:
                 left.append((at, start - at))
-            at = max(at, start + length)
-        return left
-
-    def is_done(self, entry: FileEntry) -> bool:
-        return record_key(entry.version) in self.done and not self.missing(entry)
+            at = start + length
+        return left if earlier or entry.size else [(0, 0)]
 
     # --- files ---
 

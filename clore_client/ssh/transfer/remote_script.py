@@ -173,6 +173,13 @@ class RemoteScript:
             raise SSHError(f"{left} bytes are missing: {self.refused()}")
         return piece
 
+    def exactly(self, size: int) -> bytes:
+        """Return the next ``size`` bytes of output."""
+        data = b""
+        while len(data) < size:
+            data += self.piece(size - len(data))
+        return data
+
     def line(self) -> bytes:
         """Return the next line without its end, or the rest of the output."""
         line = b""

@@ -64,25 +64,20 @@ def sftp_session(transfer: Transfer) -> Iterator[RemoteFiles]:
         channel.invoke_subsystem("sftp")
         return channel
 
-    channel: Any = with_patience(min(SFTP_PATIENCE, transfer.timeout), once)
     unreadable = (paramiko.SFTPError, UnicodeError, ValueError, TypeError)
     failures: tuple[type[Exception], ...] = (*unreadable, *connection_errors())
-    try:
+    with contextlib.closing(with_patience(min(SFTP_PATIENCE, transfer.timeout), once)) as channel:
         try:
             sftp = paramiko.SFTPClient(channel)
         except failures as error:
-            raise SSHError(
-                f"the host has neither a usual shell nor SFTP: {reason(error)}"
-            ) from error
+            text = f"the host has neither a usual shell nor SFTP: {reason(error)}"
+            raise SSHError(text) from error
         sftp.logger = logging.getLogger(PARAMIKO_LOGGER)  # it logs names without escaping them
         try:
             yield RemoteFiles(sftp)
         except unreadable as error:
-            raise SSHError(
-                f"the host sent an answer that can't be read: {reason(error)}"
-            ) from error
-    finally:
-        channel.close()
+            text = f"the host sent an answer that can't be read: {reason(error)}"
+            raise SSHError(text) from error
 
 
 class RemoteFiles:
@@ -247,8 +242,7 @@ class SftpDownload:
             self._transfer.moved(entry, 0)
         check_unchanged(entry, self._remote.look(source))
         # Not after every resumed download: hashing costs as much as receiving the file again.
-        verify = self._transfer.options.verify
-        if verify and self._remote.differs(entry, source, part.place(entry)):
+        if self._transfer.options.verify and self._remote.differs(entry, source, part.place(entry)):
             part.clear()
             raise SSHError(DIFFERS)
         for _, length in earlier:
@@ -280,16 +274,15 @@ class SftpUpload:
         if inside:
             path = _join(path, os.path.basename(self._tree.whole))
         kind = remote.kind(path)
+        shown = os.fsdecode(path)
         if kind != "d" and remote.kind(path, follow=False) == "l":
             if self._options.symlinks != "follow" or not kind:
-                raise SSHError(
-                    f"{os.fsdecode(path)} is a symlink: remove it, or pass symlinks='follow'"
-                )
+                raise SSHError(f"{shown} is a symlink: remove it, or pass symlinks='follow'")
             path = os.fsencode(remote.sftp.normalize(path))
         if kind and (kind == "d") != is_folder:
-            raise SSHError(f"{os.fsdecode(path)} is {'not ' if is_folder else ''}a directory")
+            raise SSHError(f"{shown} is {'not ' if is_folder else ''}a directory")
         if kind == "other":
-            raise SSHError(f"{os.fsdecode(path)} is neither a file nor a directory")
+            raise SSHError(f"{shown} is neither a file nor a directory")
         return path
 
     def listing(self) -> tuple[bytes, RemoteTree]:
@@ -347,19 +340,16 @@ class SftpUpload:
             entry.mode &= mask
 
     def _send_all(self) -> None:
-        sftp, part = self._remote.sftp, self._part
-        if self._tree.is_folder and not self._remote.kind(part):
-            sftp.mkdir(part, 0o700)
-        for entry in self._tree.entries:
-            place = _join(part, entry.name)
+        for entry in self._tree.by_name.values():
+            place = _join(self._part, entry.name)
             if entry.kind == "d" and not self._remote.kind(place):
-                sftp.mkdir(place, 0o700)
+                self._remote.sftp.mkdir(place, 0o700)
             elif entry.kind == "l":
                 self._remote.remove(place)
-                sftp.symlink(entry.link, place)
+                self._remote.sftp.symlink(entry.link, place)
         for entry in self._tree.files:
             with about(entry):
-                self._send_file(entry, _join(part, entry.name))
+                self._send_file(entry, _join(self._part, entry.name))
 
     def _send_file(self, entry: FileEntry, place: bytes) -> None:
         start = 0
@@ -375,11 +365,10 @@ class SftpUpload:
         if start or not entry.size:
             self._transfer.moved(entry, start)
         found = self._remote.look(place)
-        if found is None or found.size != entry.size:
-            size = 0 if found is None else found.size
+        size = 0 if found is None else found.size
+        if size != entry.size:
             raise SSHError(f"{size} of {entry.size} bytes arrived")
-        verify = self._options.verify
-        if verify and self._remote.differs(entry, place, self._tree.place(entry)):
+        if self._options.verify and self._remote.differs(entry, place, self._tree.place(entry)):
             self._remote.remove(place)
             raise SSHError(DIFFERS)
 
@@ -394,23 +383,27 @@ class SftpUpload:
             self._unconfirmed = 0
 
     def _install(self) -> None:
+        """Move everything to the target, with the right modes and times."""
         remote, tree, part, target = self._remote, self._tree, self._part, self._target
         exists = bool(remote.kind(target))
-        if exists and tree.is_folder:
+        merges = exists and tree.is_folder
+        if merges:
             for entry in tree.entries:
                 self._check_place(entry, _join(target, entry.name))
-        for entry in tree.entries[::-1]:
-            if entry.kind == "f" or (entry.kind == "d" and not exists):
-                instead = _join(target, entry.name) if exists else b""
-                self._finish(entry, _join(part, entry.name), instead)
-        if tree.is_folder and exists:
-            for entry in tree.entries:
-                self._move(entry, _join(part, entry.name), _join(target, entry.name))
-            remote.remove(part)
+        for entry in reversed(tree.by_name.values()):
+            if entry.kind == "f" or (entry.kind == "d" and not merges):
+                self._set_mode(entry, exists)
+        if not merges:
+            remote.replace(part, target)
             return
-        if tree.is_folder:
-            self._finish(tree.root, part, b"")
-        remote.replace(part, target)
+        for entry in tree.entries:
+            place = _join(target, entry.name)
+            if entry.kind != "d":
+                remote.replace(_join(part, entry.name), place)
+            elif not remote.kind(place):
+                remote.sftp.mkdir(place, 0o700)
+                remote.sftp.chmod(place, entry.mode | 0o700)
+        remote.remove(part)
 
     def _check_place(self, entry: FileEntry, place: bytes) -> None:
         """Check what exists in the place of an entry, before any file is moved there."""
@@ -422,18 +415,12 @@ class SftpUpload:
         if kind and (kind == "d") != (entry.kind == "d"):
             raise SSHError(f"{os.fsdecode(place)} is {'' if kind == 'd' else 'not '}a directory")
 
-    def _finish(self, entry: FileEntry, place: bytes, instead: bytes) -> None:
+    def _set_mode(self, entry: FileEntry, exists: bool) -> None:
         """Set permissions (of the source, or of the file it replaces) and, with preserve, times."""
-        mode, found = entry.mode, self._remote.look(instead) if instead else None
-        if not self._options.preserve and found is not None:
-            mode = found.mode
-        self._remote.sftp.chmod(place, mode)
+        sftp, place = self._remote.sftp, _join(self._part, entry.name)
         if self._options.preserve:
-            self._remote.sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))
-
-    def _move(self, entry: FileEntry, place: bytes, target: bytes) -> None:
-        if entry.kind != "d":
-            self._remote.replace(place, target)
-        elif not self._remote.kind(target):
-            self._remote.sftp.mkdir(target, 0o700)
-            self._remote.sftp.chmod(target, entry.mode | 0o700)
+            sftp.chmod(place, entry.mode)
+            sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))
+            return
+        found = self._remote.look(_join(self._target, entry.name)) if exists else None
+        sftp.chmod(place, entry.mode if found is None else found.mode)
