@@ -11626,9 +11626,6 @@ if [ -h "$f" ] && [ ! -d "$f" ]; then
   f=$(readlink -f "$f") || no "$f is a broken symlink"
 fi
 d=${f%/*}; d=${d:-/}
-if [ ! -d "$d" ] && [ "$look" = 0 ]; then
-  e=$(mkdir -p "$d" 2>&1) || no "there is no directory $d: ${e%%$n*}"
-fi
 if [ "$kind" = f ]; then
   [ ! -d "$f" ] || no "$f is a directory"
   [ ! -e "$f" ] || [ -f "$f" ] || no "$f is neither a file nor a directory"
@@ -11640,6 +11637,7 @@ r=$p.done
 # before that, it removes the temporary name, unless the upload may be resumed. With resume, two
 # uploads may share the temporary name: only the last one that began may continue.
 CONTROL = r"""
+[ -d "$d" ] || e=$(mkdir -p "$d" 2>&1) || no "there is no directory $d: ${e%%$n*}"
 u=$(umask); umask 077
 make() {
   if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi || return 1
@@ -12982,12 +12980,9 @@ def parse_stat(line: bytes) -> FileEntry:
 
 def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
     """Check that a file is the same as before, or has only grown; its start is then valid."""
-    same_or_longer = (
-        now is not None
-        and now.kind == "f"
-        and (now.size > entry.size or (now.size, now.mtime) == (entry.size, entry.mtime))
-    )
-    if not same_or_longer:
+    if now is not None and now.size > entry.size:  # only a file has a size
+        return
+    if now is None or (now.kind, now.size, now.mtime) != ("f", entry.size, entry.mtime):
         raise SSHError(CHANGED)
 
 
@@ -13223,8 +13218,6 @@ class Portion:
         start: of the chunk, in bytes; None for an archive.
         size: bytes to send.
     """
-
-    __slots__ = ("entries", "size", "start")
 
     def __init__(self, entries: list[FileEntry], start: int | None = None, size: int = 0) -> None:
         self.entries = entries
@@ -13573,6 +13566,7 @@ CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its wo
 LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
 NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
 RANGE = 64 * 1024 * 1024  # bytes that are requested or hashed at a time, within the timeout
+FileRange = tuple[FileEntry, int, int]  # with the start and the size
 
 
 class TransferOptions:
@@ -13795,6 +13789,21 @@ class Transfer:
             if script is not but:
                 script.close()
 
+    def give_up(self, control: RemoteScript | None) -> None:
+        """Stop all workers, and wait until ``control`` has removed the data on the host."""
+        self.stop(but=control)
+        self.join_workers()
+        if control is None:
+            return
+        control.end()
+        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
+        try:
+            with self.watchdog.limit(LAST_PATIENCE, control.close):
+                control.rest(MAX_LINE)
+        except failures as error:
+            if not self.options.resume:
+                logger.warning("a temporary file may stay on the host: %s", error)
+
     def leave_unchanged(
         self, tree: Tree, find: Callable[[bytes], FileEntry | None],
         different: Callable[[list[FileEntry]], list[FileEntry]],
@@ -13820,17 +13829,17 @@ class Transfer:
         self.unchanged = len(names)
 
     def different(
-        self, ranges: Iterable[tuple[FileEntry, int, int]],
-        place: Callable[[FileEntry], str | Path], setup: str = "", **values: Any,
+        self, ranges: Iterable[FileRange], place: Callable[[FileEntry], str | Path],
+        setup: str = "", **values: Any,
     ) -> Iterator[FileEntry]:  # fmt: skip
-        """Yield the file of each range (file, start, size) whose SHA-256 on the host differs.
+        """Yield the file of each range whose SHA-256 on the host differs.
 
         Parameters:
             place: returns the local path of a file.
             setup: shell commands that set ``path``, if it is not in ``values``.
         """
-        small: list[tuple[FileEntry, int, int]] = []
-        chunks: list[tuple[FileEntry, int, int]] = []
+        small: list[FileRange] = []
+        chunks: list[FileRange] = []
         for entry, start, size in ranges:
             if entry.name and size == entry.size < SMALL_FILE:
                 small.append((entry, start, size))
@@ -13941,8 +13950,7 @@ class Transfer:
         """Describe an error of the host or the connection: the file, how far, and why."""
         entry = getattr(error, "entry", None)
         if entry is None:
-            name, done = printable(self.name), sum(self._done.values())
-            total = self.total
+            name, done, total = printable(self.name), self._all_done, self.total
         else:
             name, done, total = self._shown(entry), self._done.get(entry.name, 0), entry.size
         why = printable(str(error) or type(error).__name__, 500)
@@ -16027,10 +16035,9 @@ class SftpUpload:
     def _check_record(self, record: bytes) -> None:
         """Remove what an earlier upload has sent, unless the source is still the same."""
         key = record_key([entry.version for entry in self._tree.files]).encode()
-        if self._remote.look(record) is not None:
-            with self._remote.open(record, "rb") as file:
-                if file.read(len(key)) == key:
-                    return
+        with contextlib.suppress(FileNotFoundError), self._remote.open(record, "rb") as file:
+            if file.read(len(key)) == key:
+                return
         self._remote.remove(self._part)
         with self._remote.open(record, "wb") as file:
             file.write(key)
@@ -16039,9 +16046,8 @@ class SftpUpload:
         """Apply the host's umask to all modes; it shows in the mode of a new directory."""
         probe = self._part + b"." + os.urandom(4).hex().encode()
         self._remote.sftp.mkdir(probe)
-        found = self._remote.look(probe)
+        mask = self._remote.sftp.stat(probe).st_mode
         self._remote.sftp.rmdir(probe)
-        mask = 0o700 if found is None else found.mode
         for entry in [self._tree.root, *self._tree.entries]:
             entry.mode &= mask
 
@@ -16142,7 +16148,6 @@ class SftpUpload:
 DOWNLOAD_CONNECTIONS = 4
 DOWNLOAD_MANY = 256 * 1024 * 1024  # bytes; from here on, more connections are worth their logins
 ANY_SIZE = 2**62
-Ranges = list[tuple[FileEntry, int, int]]  # file, start, size
 MAX_TAR_EXTRA = 65536  # bytes of a name
 
 
@@ -16191,7 +16196,7 @@ class Download:
         self._transfer = transfer
         self._options: Any = transfer.options
         self._part = part
-        self._ranges: deque[tuple[FileEntry, int, int]] = deque()
+        self._ranges: deque[FileRange] = deque()
         self._most_at_once = RANGE
         self._lock = threading.Lock()
         self._token = os.urandom(10).hex()
@@ -16238,7 +16243,9 @@ class Download:
         ranges = [(entry, 0, entry.size) for entry in files]
         return list(self._different(ranges, lambda entry: self._part.target_of(entry.name)))
 
-    def _different(self, ranges: Ranges, place: Callable[[FileEntry], Any]) -> Iterator[FileEntry]:
+    def _different(
+        self, ranges: list[FileRange], place: Callable[[FileEntry], Any]
+    ) -> Iterator[FileEntry]:
         return self._transfer.different(ranges, place, path=self._options.source)
 
     def receive(self, files: list[FileEntry], links: list[FileEntry]) -> None:
@@ -16270,7 +16277,7 @@ class Download:
     def _receive_many(self, files: list[FileEntry], links: list[FileEntry]) -> list[FileEntry]:
         """Receive the files of a directory; return those that ``verify`` has to compare."""
         small: list[FileEntry] = []
-        ranges: Ranges = []
+        ranges: list[FileRange] = []
         for entry in files:
             # GNU tar reads a backslash in a name as an escape.
             if entry.size >= SMALL_FILE or b"\\" in entry.name or self._part.earlier(entry):
@@ -16306,7 +16313,9 @@ class Download:
 
     # --- ranges ---
 
-    def _get_ranges(self, ranges: Ranges, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def _get_ranges(
+        self, ranges: list[FileRange], meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
         """Let workers receive the ranges; call ``meanwhile`` in this thread."""
         transfer, size = self._transfer, sum(length for _, _, length in ranges)
         connections = self._options.streams
@@ -16321,7 +16330,7 @@ class Download:
         transfer.finish_workers()
         self._work(transfer.pool.ssh)  # ranges for which no worker got a channel
 
-    def _take_range(self) -> tuple[FileEntry, int, int] | None:
+    def _take_range(self) -> FileRange | None:
         """Return the next range for a worker, or None."""
         with self._lock:
             if not self._ranges:
@@ -16470,19 +16479,17 @@ def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) 
     return transfer.result(path, tree.files)
 
 
-def _upload(transfer: Transfer, tree: LocalTree) -> bytes:
+def _upload(transfer: Transfer, tree: LocalTree, careful: bool = False) -> bytes:
     """Upload with the host's shell, or else over SFTP; return the path on the host."""
-    careful = False
-    while True:
-        try:
-            return _compare_and_send(transfer, tree, Upload(transfer, tree, careful))
-        except (NoShellError, NoChannelError) as error:
-            transfer.restart()
-            if careful or isinstance(error, NoShellError):
-                logger.warning("the upload uses SFTP, which is slower: %s", error)
-                with sftp_session(transfer) as remote:
-                    return _compare_and_send(transfer, tree, SftpUpload(transfer, tree, remote))
-            careful = True
+    try:
+        return _compare_and_send(transfer, tree, Upload(transfer, tree, careful))
+    except (NoShellError, NoChannelError) as error:
+        transfer.restart()
+        if not careful and isinstance(error, NoChannelError):
+            return _upload(transfer, tree, careful=True)
+        logger.warning("the upload uses SFTP, which is slower: %s", error)
+        with sftp_session(transfer) as remote:
+            return _compare_and_send(transfer, tree, SftpUpload(transfer, tree, remote))
 
 
 def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | SftpUpload) -> bytes:
@@ -16534,11 +16541,10 @@ class Upload:
         careful: start the workers after CONTROL, which needs a channel first.
     """
 
-    def __init__(self, transfer: Transfer, tree: LocalTree, careful: bool = False) -> None:
+    def __init__(self, transfer: Transfer, tree: LocalTree, careful: bool) -> None:
+        options = self._options = transfer.options
         self._transfer = transfer
-        self._careful = careful or tree.is_folder or transfer.options.resume or transfer.takes_turns
-        self._options: Any = transfer.options
-        options = self._options
+        self._careful = careful or tree.is_folder or options.resume or transfer.takes_turns
         self._tree = tree
         kind, content = tree.root.kind, options.content
         token = part_token(options.resume, kind, content, tree.whole, options.remote)
@@ -16556,7 +16562,7 @@ class Upload:
         self._lock = threading.Lock()
 
     def _script(self, verb: str, *parts: str, **values: Any) -> RemoteScript:
-        text = script_text(verb, *parts, look=1, **self._values, **values)
+        text = script_text(verb, *parts, **self._values, **values)
         return self._transfer.script(self._transfer.pool.ssh, text)
 
     def listing(self) -> tuple[bytes, RemoteTree]:
@@ -16571,12 +16577,8 @@ class Upload:
         ranges = [(entry, 0, entry.size) for entry in files]
         return list(self._different(ranges, "path=$f\n"))
 
-    def _different(
-        self, ranges: Iterable[tuple[FileEntry, int, int]], setup: str
-    ) -> Iterator[FileEntry]:
-        return self._transfer.different(
-            ranges, self._tree.place, TARGET + setup, look=1, **self._values
-        )
+    def _different(self, ranges: Iterable[FileRange], setup: str) -> Iterator[FileEntry]:
+        return self._transfer.different(ranges, self._tree.place, TARGET + setup, **self._values)
 
     def remove(self, files: list[bytes], folders: list[bytes]) -> None:
         """Remove files, and directories if they are empty, in this order."""
@@ -16594,13 +16596,9 @@ class Upload:
             if not self._careful:
                 self._plan(set())
                 self._start()
-            control = self._control = transfer.script(
-                transfer.pool.ssh, self._control_script(), patient=self._careful
-            )
-            umask, done = self._ready(control)
-            if self._careful:
-                self._prepare(control, umask, done)
-                self._start()
+            script, patient = self._control_script(), self._careful
+            control = self._control = transfer.script(transfer.pool.ssh, script, patient=patient)
+            self._begin(control)
             transfer.finish_workers()
             self._check_sent(control)
             if self._tree.is_folder:
@@ -16611,9 +16609,7 @@ class Upload:
             control.finish()
             return path
         except BaseException:
-            transfer.stop(but=self._control)
-            transfer.join_workers()
-            self._tidy()
+            transfer.give_up(self._control)
             raise
         finally:
             transfer.join_workers()
@@ -16623,41 +16619,28 @@ class Upload:
     def _control_script(self) -> bytes:
         root = self._tree.root
         return script_text(
-            "upload", CHECK_TOOLS, TARGET, CONTROL, **self._values, look=0,
+            "upload", CHECK_TOOLS, TARGET, CONTROL, **self._values,
             preserve=int(self._options.preserve), size=root.size, mode=f"{root.mode:o}",
             time=touch_time(root.mtime), owner=os.urandom(8).hex(),
         )  # fmt: skip
 
-    def _tidy(self) -> None:
-        """Let the host remove the received data, and wait until it has done so."""
-        if self._control is None:
-            return
-        self._control.end()
-        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
-        try:
-            with self._transfer.watchdog.limit(LAST_PATIENCE, self._control.close):
-                self._control.rest(MAX_LINE)
-        except failures as error:
-            if not self._options.resume:
-                logger.warning("a temporary file may stay on the host: %s", error)
-
-    def _ready(self, control: RemoteScript) -> tuple[int, set[str]]:
-        """Wait for the host; return its umask, and the keys of what an earlier upload sent."""
+    def _begin(self, control: RemoteScript) -> None:
+        """Wait for the host; plan what an earlier upload has left, and start the workers."""
         umask = control.answer(b"ready")
         if not re.fullmatch(rb"[0-7]{1,5}", umask):
             raise control.refused(b"ready " + umask)
-        lines = control.until(self._token, MAX_ANSWER)
-        return int(umask, 8), set(lines.decode("ascii", "replace").split())
-
-    def _prepare(self, control: RemoteScript, umask: int, done: set[str]) -> None:
-        if not self._options.preserve and self._tree.is_folder:
+        done = set(control.until(self._token, MAX_ANSWER).decode("ascii", "replace").split())
+        if not self._careful:
+            return
+        if not self._options.preserve:
             for entry in self._tree.entries:
-                entry.mode &= ~umask
+                entry.mode &= ~int(umask, 8)
         self._plan(done)
         if len(self._earlier) < len(done):  # the source has changed
             control.send(b"restart\nsync\n")
             control.answer(self._token)
             self._plan(set())
+        self._start()
 
     def _plan(self, done: set[str]) -> None:
         self._portions = plan_portions(self._tree, self._options.resume)
@@ -16670,7 +16653,7 @@ class Upload:
         channels = RESUMABLE_CHANNELS if options.resume else UPLOAD_CHANNELS
         if transfer.near:
             channels = 1
-        connections = upload_connections(options, self._tree)
+        connections = transfer.pool.size
         if (transfer.near and options.streams is None) or options.resume:
             connections = 1
         self._workers = min(len(self._left), connections * channels)
@@ -16683,9 +16666,7 @@ class Upload:
         how, hashes = "op" if self._options.preserve else "opm", int(self._hashes)
         # Two dd that write holes into one file can shorten it.
         conv = "notrunc,sparse" if self._workers == 1 else "notrunc"
-        script = script_text(
-            "put", TARGET, PUT, **self._values, look=0, how=how, hash=hashes, conv=conv
-        )
+        script = script_text("put", TARGET, PUT, **self._values, how=how, hash=hashes, conv=conv)
         with self._transfer.script(ssh, script) as put:
             sent: list[tuple[Portion, bytes]] = []  # with digests, not confirmed yet
             while (portion := self._take()) is not None:
@@ -16798,8 +16779,8 @@ class Upload:
                 control.answer(self._token)
 
 
-def _ranges(portions: list[Portion]) -> Iterator[tuple[FileEntry, int, int]]:
-    """Yield the ranges (file, start, size) of portions."""
+def _ranges(portions: list[Portion]) -> Iterator[FileRange]:
+    """Yield the ranges of portions."""
     for portion in portions:
         for entry in portion.entries:
             if portion.start is not None:

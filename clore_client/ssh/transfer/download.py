@@ -46,13 +46,12 @@ from clore_client.ssh.transfer.scripts import (
     script_text,
 )
 from clore_client.ssh.transfer.sftp import SftpDownload, sftp_session
-from clore_client.ssh.transfer.transfer import RANGE, DownloadOptions, Transfer
+from clore_client.ssh.transfer.transfer import RANGE, DownloadOptions, FileRange, Transfer
 from clore_client.ssh.transport import NoChannelError
 
 DOWNLOAD_CONNECTIONS = 4
 DOWNLOAD_MANY = 256 * 1024 * 1024  # bytes; from here on, more connections are worth their logins
 ANY_SIZE = 2**62
-Ranges = list[tuple[FileEntry, int, int]]  # file, start, size
 MAX_TAR_EXTRA = 65536  # bytes of a name
 
 
@@ -101,7 +100,7 @@ class Download:
         self._transfer = transfer
         self._options: Any = transfer.options
         self._part = part
-        self._ranges: deque[tuple[FileEntry, int, int]] = deque()
+        self._ranges: deque[FileRange] = deque()
         self._most_at_once = RANGE
         self._lock = threading.Lock()
         self._token = os.urandom(10).hex()
@@ -148,7 +147,9 @@ class Download:
         ranges = [(entry, 0, entry.size) for entry in files]
         return list(self._different(ranges, lambda entry: self._part.target_of(entry.name)))
 
-    def _different(self, ranges: Ranges, place: Callable[[FileEntry], Any]) -> Iterator[FileEntry]:
+    def _different(
+        self, ranges: list[FileRange], place: Callable[[FileEntry], Any]
+    ) -> Iterator[FileEntry]:
         return self._transfer.different(ranges, place, path=self._options.source)
 
     def receive(self, files: list[FileEntry], links: list[FileEntry]) -> None:
@@ -180,7 +181,7 @@ class Download:
     def _receive_many(self, files: list[FileEntry], links: list[FileEntry]) -> list[FileEntry]:
         """Receive the files of a directory; return those that ``verify`` has to compare."""
         small: list[FileEntry] = []
-        ranges: Ranges = []
+        ranges: list[FileRange] = []
         for entry in files:
             # GNU tar reads a backslash in a name as an escape.
             if entry.size >= SMALL_FILE or b"\\" in entry.name or self._part.earlier(entry):
@@ -216,7 +217,9 @@ class Download:
 
     # --- ranges ---
 
-    def _get_ranges(self, ranges: Ranges, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def _get_ranges(
+        self, ranges: list[FileRange], meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
         """Let workers receive the ranges; call ``meanwhile`` in this thread."""
         transfer, size = self._transfer, sum(length for _, _, length in ranges)
         connections = self._options.streams
@@ -231,7 +234,7 @@ class Download:
         transfer.finish_workers()
         self._work(transfer.pool.ssh)  # ranges for which no worker got a channel
 
-    def _take_range(self) -> tuple[FileEntry, int, int] | None:
+    def _take_range(self) -> FileRange | None:
         """Return the next range for a worker, or None."""
         with self._lock:
             if not self._ranges:

@@ -135,12 +135,9 @@ def parse_stat(line: bytes) -> FileEntry:
 
 def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
     """Check that a file is the same as before, or has only grown; its start is then valid."""
-    same_or_longer = (
-        now is not None
-        and now.kind == "f"
-        and (now.size > entry.size or (now.size, now.mtime) == (entry.size, entry.mtime))
-    )
-    if not same_or_longer:
+    if now is not None and now.size > entry.size:  # only a file has a size
+        return
+    if now is None or (now.kind, now.size, now.mtime) != ("f", entry.size, entry.mtime):
         raise SSHError(CHANGED)
 
 
@@ -376,8 +373,6 @@ class Portion:
         start: of the chunk, in bytes; None for an archive.
         size: bytes to send.
     """
-
-    __slots__ = ("entries", "size", "start")
 
     def __init__(self, entries: list[FileEntry], start: int | None = None, size: int = 0) -> None:
         self.entries = entries

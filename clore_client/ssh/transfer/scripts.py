@@ -52,9 +52,6 @@ if [ -h "$f" ] && [ ! -d "$f" ]; then
   f=$(readlink -f "$f") || no "$f is a broken symlink"
 fi
 d=${f%/*}; d=${d:-/}
-if [ ! -d "$d" ] && [ "$look" = 0 ]; then
-  e=$(mkdir -p "$d" 2>&1) || no "there is no directory $d: ${e%%$n*}"
-fi
 if [ "$kind" = f ]; then
   [ ! -d "$f" ] || no "$f is a directory"
   [ ! -e "$f" ] || [ -f "$f" ] || no "$f is neither a file nor a directory"
@@ -66,6 +63,7 @@ r=$p.done
 # before that, it removes the temporary name, unless the upload may be resumed. With resume, two
 # uploads may share the temporary name: only the last one that began may continue.
 CONTROL = r"""
+[ -d "$d" ] || e=$(mkdir -p "$d" 2>&1) || no "there is no directory $d: ${e%%$n*}"
 u=$(umask); umask 077
 make() {
   if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi || return 1

@@ -321,10 +321,9 @@ class SftpUpload:
     def _check_record(self, record: bytes) -> None:
         """Remove what an earlier upload has sent, unless the source is still the same."""
         key = record_key([entry.version for entry in self._tree.files]).encode()
-        if self._remote.look(record) is not None:
-            with self._remote.open(record, "rb") as file:
-                if file.read(len(key)) == key:
-                    return
+        with contextlib.suppress(FileNotFoundError), self._remote.open(record, "rb") as file:
+            if file.read(len(key)) == key:
+                return
         self._remote.remove(self._part)
         with self._remote.open(record, "wb") as file:
             file.write(key)
@@ -333,9 +332,8 @@ class SftpUpload:
         """Apply the host's umask to all modes; it shows in the mode of a new directory."""
         probe = self._part + b"." + os.urandom(4).hex().encode()
         self._remote.sftp.mkdir(probe)
-        found = self._remote.look(probe)
+        mask = self._remote.sftp.stat(probe).st_mode
         self._remote.sftp.rmdir(probe)
-        mask = 0o700 if found is None else found.mode
         for entry in [self._tree.root, *self._tree.entries]:
             entry.mode &= mask
 

@@ -35,7 +35,7 @@ from clore_client.ssh.transfer.entry import (
     file_digest,
     whole_seconds,
 )
-from clore_client.ssh.transfer.remote_script import LAST_PATIENCE, RemoteScript
+from clore_client.ssh.transfer.remote_script import LAST_PATIENCE, MAX_LINE, RemoteScript
 from clore_client.ssh.transfer.scripts import (
     CHUNK_DIGESTS,
     FILE_DIGESTS,
@@ -72,6 +72,7 @@ CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its wo
 LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
 NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
 RANGE = 64 * 1024 * 1024  # bytes that are requested or hashed at a time, within the timeout
+FileRange = tuple[FileEntry, int, int]  # with the start and the size
 
 
 class TransferOptions:
@@ -294,6 +295,21 @@ class Transfer:
             if script is not but:
                 script.close()
 
+    def give_up(self, control: RemoteScript | None) -> None:
+        """Stop all workers, and wait until ``control`` has removed the data on the host."""
+        self.stop(but=control)
+        self.join_workers()
+        if control is None:
+            return
+        control.end()
+        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
+        try:
+            with self.watchdog.limit(LAST_PATIENCE, control.close):
+                control.rest(MAX_LINE)
+        except failures as error:
+            if not self.options.resume:
+                logger.warning("a temporary file may stay on the host: %s", error)
+
     def leave_unchanged(
         self, tree: Tree, find: Callable[[bytes], FileEntry | None],
         different: Callable[[list[FileEntry]], list[FileEntry]],
@@ -319,17 +335,17 @@ class Transfer:
         self.unchanged = len(names)
 
     def different(
-        self, ranges: Iterable[tuple[FileEntry, int, int]],
-        place: Callable[[FileEntry], str | Path], setup: str = "", **values: Any,
+        self, ranges: Iterable[FileRange], place: Callable[[FileEntry], str | Path],
+        setup: str = "", **values: Any,
     ) -> Iterator[FileEntry]:  # fmt: skip
-        """Yield the file of each range (file, start, size) whose SHA-256 on the host differs.
+        """Yield the file of each range whose SHA-256 on the host differs.
 
         Parameters:
             place: returns the local path of a file.
             setup: shell commands that set ``path``, if it is not in ``values``.
         """
-        small: list[tuple[FileEntry, int, int]] = []
-        chunks: list[tuple[FileEntry, int, int]] = []
+        small: list[FileRange] = []
+        chunks: list[FileRange] = []
         for entry, start, size in ranges:
             if entry.name and size == entry.size < SMALL_FILE:
                 small.append((entry, start, size))
@@ -440,8 +456,7 @@ class Transfer:
         """Describe an error of the host or the connection: the file, how far, and why."""
         entry = getattr(error, "entry", None)
         if entry is None:
-            name, done = printable(self.name), sum(self._done.values())
-            total = self.total
+            name, done, total = printable(self.name), self._all_done, self.total
         else:
             name, done, total = self._shown(entry), self._done.get(entry.name, 0), entry.size
         why = printable(str(error) or type(error).__name__, 500)

@@ -31,12 +31,7 @@ from clore_client.ssh.transfer.entry import (
     tar_header,
     whole_seconds,
 )
-from clore_client.ssh.transfer.remote_script import (
-    LAST_PATIENCE,
-    MAX_LINE,
-    NoShellError,
-    RemoteScript,
-)
+from clore_client.ssh.transfer.remote_script import NoShellError, RemoteScript
 from clore_client.ssh.transfer.scripts import (
     CHECK_TOOLS,
     CONTROL,
@@ -50,12 +45,8 @@ from clore_client.ssh.transfer.scripts import (
     script_text,
 )
 from clore_client.ssh.transfer.sftp import SftpUpload, sftp_session
-from clore_client.ssh.transfer.transfer import (
-    Transfer,
-    UploadOptions,
-    upload_connections,
-)
-from clore_client.ssh.transport import NoChannelError, connection_errors
+from clore_client.ssh.transfer.transfer import FileRange, Transfer, UploadOptions
+from clore_client.ssh.transport import NoChannelError
 
 # sshd has a window of 2 MB for each channel, and allows ten channels on a connection. If the round
 # trip is long, more channels make an upload faster.
@@ -78,19 +69,17 @@ def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) 
     return transfer.result(path, tree.files)
 
 
-def _upload(transfer: Transfer, tree: LocalTree) -> bytes:
+def _upload(transfer: Transfer, tree: LocalTree, careful: bool = False) -> bytes:
     """Upload with the host's shell, or else over SFTP; return the path on the host."""
-    careful = False
-    while True:
-        try:
-            return _compare_and_send(transfer, tree, Upload(transfer, tree, careful))
-        except (NoShellError, NoChannelError) as error:
-            transfer.restart()
-            if careful or isinstance(error, NoShellError):
-                logger.warning("the upload uses SFTP, which is slower: %s", error)
-                with sftp_session(transfer) as remote:
-                    return _compare_and_send(transfer, tree, SftpUpload(transfer, tree, remote))
-            careful = True
+    try:
+        return _compare_and_send(transfer, tree, Upload(transfer, tree, careful))
+    except (NoShellError, NoChannelError) as error:
+        transfer.restart()
+        if not careful and isinstance(error, NoChannelError):
+            return _upload(transfer, tree, careful=True)
+        logger.warning("the upload uses SFTP, which is slower: %s", error)
+        with sftp_session(transfer) as remote:
+            return _compare_and_send(transfer, tree, SftpUpload(transfer, tree, remote))
 
 
 def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | SftpUpload) -> bytes:
@@ -142,11 +131,10 @@ class Upload:
         careful: start the workers after CONTROL, which needs a channel first.
     """
 
-    def __init__(self, transfer: Transfer, tree: LocalTree, careful: bool = False) -> None:
+    def __init__(self, transfer: Transfer, tree: LocalTree, careful: bool) -> None:
+        options = self._options = transfer.options
         self._transfer = transfer
-        self._careful = careful or tree.is_folder or transfer.options.resume or transfer.takes_turns
-        self._options: Any = transfer.options
-        options = self._options
+        self._careful = careful or tree.is_folder or options.resume or transfer.takes_turns
         self._tree = tree
         kind, content = tree.root.kind, options.content
         token = part_token(options.resume, kind, content, tree.whole, options.remote)
@@ -164,7 +152,7 @@ class Upload:
         self._lock = threading.Lock()
 
     def _script(self, verb: str, *parts: str, **values: Any) -> RemoteScript:
-        text = script_text(verb, *parts, look=1, **self._values, **values)
+        text = script_text(verb, *parts, **self._values, **values)
         return self._transfer.script(self._transfer.pool.ssh, text)
 
     def listing(self) -> tuple[bytes, RemoteTree]:
@@ -179,12 +167,8 @@ class Upload:
         ranges = [(entry, 0, entry.size) for entry in files]
         return list(self._different(ranges, "path=$f\n"))
 
-    def _different(
-        self, ranges: Iterable[tuple[FileEntry, int, int]], setup: str
-    ) -> Iterator[FileEntry]:
-        return self._transfer.different(
-            ranges, self._tree.place, TARGET + setup, look=1, **self._values
-        )
+    def _different(self, ranges: Iterable[FileRange], setup: str) -> Iterator[FileEntry]:
+        return self._transfer.different(ranges, self._tree.place, TARGET + setup, **self._values)
 
     def remove(self, files: list[bytes], folders: list[bytes]) -> None:
         """Remove files, and directories if they are empty, in this order."""
@@ -202,13 +186,9 @@ class Upload:
             if not self._careful:
                 self._plan(set())
                 self._start()
-            control = self._control = transfer.script(
-                transfer.pool.ssh, self._control_script(), patient=self._careful
-            )
-            umask, done = self._ready(control)
-            if self._careful:
-                self._prepare(control, umask, done)
-                self._start()
+            script, patient = self._control_script(), self._careful
+            control = self._control = transfer.script(transfer.pool.ssh, script, patient=patient)
+            self._begin(control)
             transfer.finish_workers()
             self._check_sent(control)
             if self._tree.is_folder:
@@ -219,9 +199,7 @@ class Upload:
             control.finish()
             return path
         except BaseException:
-            transfer.stop(but=self._control)
-            transfer.join_workers()
-            self._tidy()
+            transfer.give_up(self._control)
             raise
         finally:
             transfer.join_workers()
@@ -231,41 +209,28 @@ class Upload:
     def _control_script(self) -> bytes:
         root = self._tree.root
         return script_text(
-            "upload", CHECK_TOOLS, TARGET, CONTROL, **self._values, look=0,
+            "upload", CHECK_TOOLS, TARGET, CONTROL, **self._values,
             preserve=int(self._options.preserve), size=root.size, mode=f"{root.mode:o}",
             time=touch_time(root.mtime), owner=os.urandom(8).hex(),
         )  # fmt: skip
 
-    def _tidy(self) -> None:
-        """Let the host remove the received data, and wait until it has done so."""
-        if self._control is None:
-            return
-        self._control.end()
-        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
-        try:
-            with self._transfer.watchdog.limit(LAST_PATIENCE, self._control.close):
-                self._control.rest(MAX_LINE)
-        except failures as error:
-            if not self._options.resume:
-                logger.warning("a temporary file may stay on the host: %s", error)
-
-    def _ready(self, control: RemoteScript) -> tuple[int, set[str]]:
-        """Wait for the host; return its umask, and the keys of what an earlier upload sent."""
+    def _begin(self, control: RemoteScript) -> None:
+        """Wait for the host; plan what an earlier upload has left, and start the workers."""
         umask = control.answer(b"ready")
         if not re.fullmatch(rb"[0-7]{1,5}", umask):
             raise control.refused(b"ready " + umask)
-        lines = control.until(self._token, MAX_ANSWER)
-        return int(umask, 8), set(lines.decode("ascii", "replace").split())
-
-    def _prepare(self, control: RemoteScript, umask: int, done: set[str]) -> None:
-        if not self._options.preserve and self._tree.is_folder:
+        done = set(control.until(self._token, MAX_ANSWER).decode("ascii", "replace").split())
+        if not self._careful:
+            return
+        if not self._options.preserve:
             for entry in self._tree.entries:
-                entry.mode &= ~umask
+                entry.mode &= ~int(umask, 8)
         self._plan(done)
         if len(self._earlier) < len(done):  # the source has changed
             control.send(b"restart\nsync\n")
             control.answer(self._token)
             self._plan(set())
+        self._start()
 
     def _plan(self, done: set[str]) -> None:
         self._portions = plan_portions(self._tree, self._options.resume)
@@ -278,7 +243,7 @@ class Upload:
         channels = RESUMABLE_CHANNELS if options.resume else UPLOAD_CHANNELS
         if transfer.near:
             channels = 1
-        connections = upload_connections(options, self._tree)
+        connections = transfer.pool.size
         if (transfer.near and options.streams is None) or options.resume:
             connections = 1
         self._workers = min(len(self._left), connections * channels)
@@ -291,9 +256,7 @@ class Upload:
         how, hashes = "op" if self._options.preserve else "opm", int(self._hashes)
         # Two dd that write holes into one file can shorten it.
         conv = "notrunc,sparse" if self._workers == 1 else "notrunc"
-        script = script_text(
-            "put", TARGET, PUT, **self._values, look=0, how=how, hash=hashes, conv=conv
-        )
+        script = script_text("put", TARGET, PUT, **self._values, how=how, hash=hashes, conv=conv)
         with self._transfer.script(ssh, script) as put:
             sent: list[tuple[Portion, bytes]] = []  # with digests, not confirmed yet
             while (portion := self._take()) is not None:
@@ -406,8 +369,8 @@ class Upload:
                 control.answer(self._token)
 
 
-def _ranges(portions: list[Portion]) -> Iterator[tuple[FileEntry, int, int]]:
-    """Yield the ranges (file, start, size) of portions."""
+def _ranges(portions: list[Portion]) -> Iterator[FileRange]:
+    """Yield the ranges of portions."""
     for portion in portions:
         for entry in portion.entries:
             if portion.start is not None:
