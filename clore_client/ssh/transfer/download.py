@@ -67,13 +67,15 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
 def _download(transfer: Transfer, part: LocalPart) -> list[FileEntry]:
     """Download with the host's shell, or else over SFTP; return the files that were received."""
     try:
-        with Download(transfer, part) as receiver:
-            return _receive_all(transfer, part, receiver)
-    except NoShellError as error:
+        return _receive_all(transfer, part, Download(transfer, part))
+    except BaseException as error:
+        transfer.give_up()
+        if not isinstance(error, NoShellError):
+            raise
         logger.warning("the download uses SFTP, which is slower: %s", error)
-        transfer.restart()
-        with sftp_session(transfer) as remote:
-            return _receive_all(transfer, part, SftpDownload(transfer, part, remote))
+    transfer.restart()
+    with sftp_session(transfer) as remote:
+        return _receive_all(transfer, part, SftpDownload(transfer, part, remote))
 
 
 def _receive_all(
@@ -90,7 +92,7 @@ def _receive_all(
 
 
 class Download:
-    """Download with the host's shell; a context manager.
+    """Download with the host's shell.
 
     The script LOOK lists a directory, or sends a single file that is not large. Workers receive
     large files in ranges; small ones are received in a tar stream.
@@ -106,16 +108,6 @@ class Download:
         self._token = os.urandom(10).hex()
         self._look: Any = None
 
-    def __enter__(self) -> Download:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            self._transfer.stop()
-        elif self._look is not None:
-            self._look.finish()
-        self._transfer.join_workers()
-
     def look(self) -> RemoteTree:
         """Return the source: a file or a directory."""
         ssh, script = self._transfer.pool.ssh, self._look_script()
@@ -124,6 +116,8 @@ class Download:
         if first.startswith(b"f "):
             tree = RemoteTree()
             tree.add(parse_stat(first[2:]))
+            if tree.size > self._most:  # the script does not send it
+                look.finish()
             return tree
         if first != b"d":
             raise look.refused(first)
@@ -171,12 +165,12 @@ class Download:
     def _receive_one(self, entry: FileEntry) -> None:
         look = self._look
         if entry.size > self._most:
-            look.finish()
             self._get_ranges([(entry, *found) for found in self._part.missing(entry)])
             return
         self._write(look, entry, 0, entry.size)
         check_unchanged(entry, parse_stat(look.line()))
         look.expect_end()
+        look.finish()
 
     def _receive_many(self, files: list[FileEntry], links: list[FileEntry]) -> list[FileEntry]:
         """Receive the files of a directory; return those that ``verify`` has to compare."""
@@ -222,10 +216,9 @@ class Download:
     ) -> None:
         """Let workers receive the ranges; call ``meanwhile`` in this thread."""
         transfer, size = self._transfer, sum(length for _, _, length in ranges)
-        connections = self._options.streams
-        if connections is None:
-            connections = 1 if transfer.near or size < DOWNLOAD_MANY else DOWNLOAD_CONNECTIONS
+        connections = 1 if transfer.near or size < DOWNLOAD_MANY else DOWNLOAD_CONNECTIONS
         if self._options.streams is not None:
+            connections = self._options.streams
             self._most_at_once = min(RANGE, max(size // connections // BLOCK, 16) * BLOCK)
         self._ranges.extend(ranges)
         workers = min(max(len(ranges), size // BLOCK), connections) if ranges else 0

@@ -138,8 +138,7 @@ class LocalPart:
             self.target = self._options.folder_target
         target = self.target
         above = os.path.dirname(os.path.abspath(target))
-        needed = [above, target] if is_folder else [above]
-        for folder in needed:
+        for folder in [above, target] if is_folder else [above]:
             if os.path.lexists(folder) and not os.path.isdir(folder):
                 raise NotADirectoryError(f"local is not a directory: {folder!r}")
         if is_folder:

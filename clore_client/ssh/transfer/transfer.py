@@ -295,7 +295,7 @@ class Transfer:
             if script is not but:
                 script.close()
 
-    def give_up(self, control: RemoteScript | None) -> None:
+    def give_up(self, control: RemoteScript | None = None) -> None:
         """Stop all workers, and wait until ``control`` has removed the data on the host."""
         self.stop(but=control)
         self.join_workers()
@@ -309,6 +309,8 @@ class Transfer:
         except failures as error:
             if not self.options.resume:
                 logger.warning("a temporary file may stay on the host: %s", error)
+        finally:
+            control.close()
 
     def leave_unchanged(
         self, tree: Tree, find: Callable[[bytes], FileEntry | None],
@@ -404,6 +406,7 @@ class Transfer:
             elif more is not None and failure is None:
                 failure = more
                 self.stop()
+        self.join_workers()
         if failure is not None:
             raise failure
 

@@ -201,10 +201,6 @@ class Upload:
         except BaseException:
             transfer.give_up(self._control)
             raise
-        finally:
-            transfer.join_workers()
-            if self._control is not None:
-                self._control.close()
 
     def _control_script(self) -> bytes:
         root = self._tree.root
