@@ -12888,15 +12888,13 @@ class FileEntry:
 
     __slots__ = ("kind", "link", "mode", "mtime", "name", "size")
 
-    def __init__(
-        self, name: bytes, size: int, mtime: int, mode: int, kind: str = "f", link: bytes = b""
-    ) -> None:
+    def __init__(self, name: bytes, size: int, mtime: int, mode: int, kind: str) -> None:
         self.name = name
         self.size = size if kind == "f" else 0
         self.mtime = mtime
         self.mode = mode
         self.kind = kind
-        self.link = link
+        self.link = b""
 
     @property
     def version(self) -> tuple[bytes, int, int]:
@@ -12963,10 +12961,10 @@ def remote_entry(name: bytes, mode: int, size: int, seconds: int) -> FileEntry:
     return FileEntry(name, size, mtime, mode & 0o777, kind_of(mode))
 
 
-def local_entry(name: bytes, status: os.stat_result, link: bytes = b"") -> FileEntry:
+def local_entry(name: bytes, status: os.stat_result) -> FileEntry:
     """Make an entry from the status of a local file."""
     kind, mode = kind_of(status.st_mode), status.st_mode & 0o777
-    return FileEntry(name, status.st_size, status.st_mtime_ns, mode, kind, link)
+    return FileEntry(name, status.st_size, status.st_mtime_ns, mode, kind)
 
 
 def parse_stat(line: bytes) -> FileEntry:
@@ -13163,31 +13161,29 @@ class LocalTree(Tree):
                 raise SSHError(CHANGED)
 
     def _scan(self, folder: bytes, above: tuple[bytes, ...]) -> None:
-        with os.scandir(os.path.join(self.path, folder)) as found:
-            entries = sorted(found, key=lambda e: e.name)
+        with os.scandir(os.path.join(self.path, folder)) as listed:
+            entries = sorted(listed, key=lambda e: e.name)
         for entry in entries:
             name = folder + b"/" + entry.name if folder else entry.name
-            status = entry.stat(follow_symlinks=False)
-            kind = kind_of(status.st_mode)
-            if self._excludes(name, kind == "d"):
+            found = local_entry(name, entry.stat(follow_symlinks=False))
+            if self._excludes(name, found.kind == "d"):
                 continue
-            if kind == "l":
-                self._add_link(name, entry.path, status, above)
-            elif kind == "other":
+            if found.kind == "l":
+                self._add_link(found, entry.path, above)
+            elif found.kind == "other":
                 self.left_out.append((name, "it is not a file"))
             else:
-                self.entries.append(local_entry(name, status))
-                if kind == "d":
+                self.entries.append(found)
+                if found.kind == "d":
                     self._scan(name, (*above, os.path.realpath(entry.path)))
 
-    def _add_link(
-        self, name: bytes, path: bytes, status: os.stat_result, above: tuple[bytes, ...]
-    ) -> None:
-        link, real = os.readlink(path), os.path.realpath(path)
+    def _add_link(self, found: FileEntry, path: bytes, above: tuple[bytes, ...]) -> None:
+        name, link, real = found.name, os.readlink(path), os.path.realpath(path)
         within = real.startswith(above[0].rstrip(b"/") + b"/") and os.path.exists(real)
         follow = within and self._symlinks == "follow"
         if within and self._symlinks == "copy" and link_target(name, link) is not None:
-            self.entries.append(local_entry(name, status, link))
+            found.link = link
+            self.entries.append(found)
         elif follow and os.path.isfile(real):
             self.entries.append(local_entry(name, os.stat(real)))
         elif follow and os.path.isdir(real) and real not in above:
@@ -13236,10 +13232,9 @@ def plan_portions(tree: LocalTree, resume: bool) -> list[Portion]:
     """Divide an upload into portions; if it may be resumed, the first ones are small."""
     portions: list[Portion] = []
     bundle: Portion | None = None
-    others = [entry for entry in tree.entries if entry.kind != "f"]
-    files = sorted(tree.files, key=lambda entry: entry.size) if resume else tree.files
     before = 0
-    for entry in [*others, *files]:
+    # Files come last; with resume, the small ones of them first.
+    for entry in sorted(tree.entries, key=lambda e: (e.kind == "f", e.size if resume else 0)):
         most = _portion_size(before) if resume else CHUNK
         if tree.is_folder and entry.size < most:
             if bundle is None or bundle.size >= most or len(bundle.entries) >= BUNDLE_FILES:
@@ -15822,19 +15817,18 @@ class RemoteFiles:
     def tree(self, path: bytes, excludes: Excludes) -> RemoteTree:
         """Return the entry at a path, and all entries below it."""
         tree, found = RemoteTree(excludes), self.look(path)
-        if found is not None:
-            tree.add(found)
-            if found.kind == "d":
-                self._walk(path, b"", tree)
+        if found is None:
+            return tree
+        tree.add(found)
+        folders = [b""] if found.kind == "d" else []
+        while folders:
+            folder = folders.pop()
+            for entry in self._listed(_join(path, folder)):
+                entry.name = folder + b"/" + entry.name if folder else entry.name
+                tree.add(entry)  # which limits the levels
+                if entry.kind == "d":
+                    folders.append(entry.name)
         return tree
-
-    def _walk(self, top: bytes, folder: bytes, tree: RemoteTree) -> None:
-        for entry in self._listed(_join(top, folder)):
-            if folder:
-                entry.name = folder + b"/" + entry.name
-            tree.add(entry)  # which limits the levels
-            if entry.kind == "d":
-                self._walk(top, entry.name, tree)
 
     def _listed(self, folder: bytes) -> list[FileEntry]:
         """Return the entries of a directory."""

@@ -106,19 +106,18 @@ class RemoteFiles:
     def tree(self, path: bytes, excludes: Excludes) -> RemoteTree:
         """Return the entry at a path, and all entries below it."""
         tree, found = RemoteTree(excludes), self.look(path)
-        if found is not None:
-            tree.add(found)
-            if found.kind == "d":
-                self._walk(path, b"", tree)
+        if found is None:
+            return tree
+        tree.add(found)
+        folders = [b""] if found.kind == "d" else []
+        while folders:
+            folder = folders.pop()
+            for entry in self._listed(_join(path, folder)):
+                entry.name = folder + b"/" + entry.name if folder else entry.name
+                tree.add(entry)  # which limits the levels
+                if entry.kind == "d":
+                    folders.append(entry.name)
         return tree
-
-    def _walk(self, top: bytes, folder: bytes, tree: RemoteTree) -> None:
-        for entry in self._listed(_join(top, folder)):
-            if folder:
-                entry.name = folder + b"/" + entry.name
-            tree.add(entry)  # which limits the levels
-            if entry.kind == "d":
-                self._walk(top, entry.name, tree)
 
     def _listed(self, folder: bytes) -> list[FileEntry]:
         """Return the entries of a directory."""
