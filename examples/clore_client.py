@@ -11588,15 +11588,14 @@ DIFFERS = "SHA-256 differs: the received data was removed"
 MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing, or of digests
 
 # Precedes each script. Relative paths count from the home directory, even if a start-up file
-# changes the directory. $n is a line end, set before.
+# changes the directory. $n is a line end, set before. openssl is up to six times as fast as
+# sha256sum.
 PRELUDE = r"""
 unset CDPATH
 g=; last=
 no() { printf "no %s%s" "$*" "$n"; exit 1; }
 cd "${HOME:-/}" || no "there is no home directory ${HOME}"
-if command -v sha256sum >/dev/null; then sha=sha256sum; else sha="openssl dgst -sha256 -r"; fi
-# openssl is up to six times as fast.
-if command -v openssl >/dev/null; then sha="openssl dgst -sha256 -r"; fi
+if command -v openssl >/dev/null; then sha="openssl dgst -sha256 -r"; else sha=sha256sum; fi
 block=65536
 part() { # prints $3 bytes of the file $1 from its block $2 on
   if [ $(($3 % block)) = 0 ]; then blocks "$1" "$2" $(($3 / block))
@@ -11610,10 +11609,9 @@ list() { find . -exec stat -c "%f %s %Y %n" {} +; }
 """
 # Ends with the name of a tool that is missing.
 CHECK_TOOLS = r"""
-for t in chmod dd find head mkdir mv rm sort stat tar touch xargs; do
+for t in chmod dd find head mkdir mv rm ${sha%% *} sort stat tar touch xargs; do
   command -v $t >/dev/null || no "lacks $t"
 done
-command -v ${sha%% *} >/dev/null || no "lacks sha256sum"
 [ "$(echo abcdef | dd ibs=3 count=1 obs=4 iflag=fullblock 2>/dev/null)" = abc ] ||
   no "lacks a dd with iflag=fullblock"
 stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
@@ -11631,9 +11629,6 @@ if [ -h "$f" ] && [ ! -d "$f" ]; then
   f=$(readlink -f "$f") || no "$f is a broken symlink"
 fi
 d=${f%/*}; d=${d:-/}
-if [ ! -d "$d" ] && [ "$look" = 0 ]; then
-  e=$(mkdir -p "$d" 2>&1) || no "there is no directory $d: ${e%%$n*}"
-fi
 if [ "$kind" = f ]; then
   [ ! -d "$f" ] || no "$f is a directory"
   [ ! -e "$f" ] || [ -f "$f" ] || no "$f is neither a file nor a directory"
@@ -11642,13 +11637,11 @@ p=${d%/}/.clore-part-$token
 r=$p.done
 """
 # Runs during the whole upload: creates the temporary name, and renames it at the end. If it stops
-# before that, it removes the temporary name, unless the upload may be resumed.
-CONTROL = (
-    CHECK_TOOLS
-    + TARGET
-    + r"""
+# before that, it removes the temporary name, unless the upload may be resumed. With resume, two
+# uploads may share the temporary name: only the last one that began may continue.
+CONTROL = r"""
+[ -d "$d" ] || e=$(mkdir -p "$d" 2>&1) || no "there is no directory $d: ${e%%$n*}"
 u=$(umask); umask 077
-# With resume, two uploads may share the temporary name: only the last one that began may continue.
 make() {
   if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi || return 1
   [ "$keep" = 0 ] || echo "$owner" >"$o"
@@ -11711,43 +11704,28 @@ go) [ "$keep" = 0 ] || [ "$(cat "$o" 2>/dev/null)" = "$owner" ] || {
 *) gone;;
 esac; done
 """
-)
 # Prints the target and a listing of it, which is empty if there is none.
-LIST_TARGET = (
-    CHECK_TOOLS
-    + TARGET
-    + r"""
+LIST_TARGET = r"""
 printf "target %s\n" "$f"
 if [ "$kind" = d ]; then [ ! -d "$f" ] || (cd "$f" && list)
 else [ ! -f "$f" ] || stat -L -c "%f %s %Y ." "$f"; fi
 echo "$token"
 """
-)
 # Removes the files or the empty directories below the target whose names it reads.
-REMOVE = (
-    TARGET
-    + r"""
+REMOVE = r"""
 cd "$f" || exit 1
 if [ "$what" = d ]; then xargs -0 rmdir 2>/dev/null; else xargs -0 rm -f || exit 1; fi
 echo removed
 """
-)
-# Precedes scripts that start at the same time as CONTROL, and wait for the temporary name.
-WAIT = (
-    TARGET
-    + r"""
+# Writes portions: before each comes a line (block, size, key, name), after it a dot. A portion is
+# a chunk of a file, or a tar archive where the block is "tar".
+# It starts at the same time as CONTROL, and waits for the temporary name.
+PUT = r"""
 w=0; until [ -e "$p" ]; do
   w=$((w+1)); [ $w -lt 500 ] || no "the upload did not start"
   sleep 0.02 2>/dev/null || sleep 1
 done
 umask 077
-"""
-)
-# Writes portions: before each comes a line (block, size, key, name), after it a dot. A portion is
-# a chunk of a file, or a tar archive where the block is "tar".
-PUT = (
-    WAIT
-    + r"""
 c=$conv
 put() { dd of="$p$g" ibs="$s" count=1 obs=$block seek="$k" iflag=fullblock conv=$c 2>&1; }
 archive() { dd ibs="$s" count=1 obs=$block iflag=fullblock 2>/dev/null; }
@@ -11766,16 +11744,13 @@ while read -r k s key q && [ -e "$p" ]; do
 done
 echo end
 """
-)
 # Print SHA-256: of each chunk for which a line (block, size, name) comes, and of each file that is
 # named, in the order of the names. ``sort`` reads all names before the first output, which would
 # block if the client still sent names instead of reading it.
 CHUNK_DIGESTS = r"""while read -r k s q; do inner; part "$path$g" "$k" "$s" | $sha; done"""
 FILE_DIGESTS = r"""cd "$path" && sort -z | xargs -0 $sha"""
 # Prints the type of the source, then a listing, or the content of a file that is not too large.
-LOOK = (
-    CHECK_TOOLS
-    + r"""
+LOOK = r"""
 if [ -d "$f" ]; then
   cd "$f" || no "$f: it cannot be entered"
   echo d; list; echo "$token"
@@ -11791,7 +11766,6 @@ elif [ -f "$f" ]; then
 elif [ -e "$f" ]; then no "it is neither a file nor a directory"
 else no "there is no such file"; fi
 """
-)
 # Prints a tar archive of the files whose names it reads, a block with a mark, and a new listing.
 GET_TREE = r"""
 cd "$f" || exit 1
@@ -11805,11 +11779,11 @@ stat -L -c "%s %Y %a" "$f"
 """
 
 
-def script_text(verb: str, body: str, **values: bytes | str | int) -> bytes:
-    """Return a script with ``values`` as shell variables; ``verb`` names it."""
+def script_text(verb: str, *parts: str, **values: bytes | str | int) -> bytes:
+    """Return a script of these parts with ``values`` as shell variables; ``verb`` names it."""
     lines = [b": " + verb.encode()]
     lines += [name.encode() + b"=" + sh_quoted(value) for name, value in values.items()]
-    return b"\n".join([*lines, (PRELUDE + body).encode()])
+    return b"\n".join([*lines, *(part.encode() for part in (PRELUDE, *parts))])
 
 
 def sh_quoted(value: bytes | str | int) -> bytes:
@@ -12916,15 +12890,13 @@ class FileEntry:
 
     __slots__ = ("kind", "link", "mode", "mtime", "name", "size")
 
-    def __init__(
-        self, name: bytes, size: int, mtime: int, mode: int, kind: str = "f", link: bytes = b""
-    ) -> None:
+    def __init__(self, name: bytes, size: int, mtime: int, mode: int, kind: str) -> None:
         self.name = name
         self.size = size if kind == "f" else 0
         self.mtime = mtime
         self.mode = mode
         self.kind = kind
-        self.link = link
+        self.link = b""
 
     @property
     def version(self) -> tuple[bytes, int, int]:
@@ -12985,33 +12957,32 @@ def whole_seconds(mtime: int) -> int:
     return min(max(mtime // 10**9, 0), LAST_TIME)
 
 
-def nanoseconds(seconds: int) -> int:
-    """Convert a time of a host to nanoseconds, limited to what file systems know."""
-    return min(max(seconds, 0), LAST_TIME) * 10**9
+def remote_entry(name: bytes, mode: int, size: int, seconds: int) -> FileEntry:
+    """Make an entry from the numbers of a host; limit the time to what file systems know."""
+    mtime = min(max(seconds, 0), LAST_TIME) * 10**9
+    return FileEntry(name, size, mtime, mode & 0o777, kind_of(mode))
 
 
-def entry_of(name: bytes, mode: int, size: int, seconds: int) -> FileEntry:
-    """Make an entry from the numbers that ``stat`` gives."""
-    return FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind_of(mode))
+def local_entry(name: bytes, status: os.stat_result) -> FileEntry:
+    """Make an entry from the status of a local file."""
+    kind, mode = kind_of(status.st_mode), status.st_mode & 0o777
+    return FileEntry(name, status.st_size, status.st_mtime_ns, mode, kind)
 
 
 def parse_stat(line: bytes) -> FileEntry:
     """Read size, seconds and permissions of a file."""
-    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
+    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,4})", line)
     if found is None:
         raise SSHError("the host sent a file status that can't be read")
     size, seconds, mode = found.groups()
-    return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
+    return remote_entry(b"", stat.S_IFREG | int(mode, 8), int(size), int(seconds))
 
 
 def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
     """Check that a file is the same as before, or has only grown; its start is then valid."""
-    same_or_longer = (
-        now is not None
-        and now.kind == "f"
-        and (now.size > entry.size or (now.size, now.mtime) == (entry.size, entry.mtime))
-    )
-    if not same_or_longer:
+    if now is not None and now.size > entry.size:  # only a file has a size
+        return
+    if now is None or (now.kind, now.size, now.mtime) != ("f", entry.size, entry.mtime):
         raise SSHError(CHANGED)
 
 
@@ -13038,10 +13009,25 @@ def about(entry: FileEntry) -> Iterator[None]:
 
 
 class Tree:
-    """The files, directories and symlinks of a transfer; each directory precedes its content."""
+    """The files, directories and symlinks of a transfer; each directory precedes its content.
+
+    Attributes:
+        root: the directory or the single file itself.
+        entries: what is in the directory; or only the file.
+    """
 
     def __init__(self) -> None:
+        self.root = FileEntry(b"", 0, 0, 0o755, "d")
         self.entries: list[FileEntry] = []
+
+    @property
+    def is_folder(self) -> bool:
+        return self.root.kind == "d"
+
+    @property
+    def by_name(self) -> dict[bytes, FileEntry]:
+        """All entries, after the root under the empty name."""
+        return {entry.name: entry for entry in [self.root, *self.entries]}
 
     @property
     def files(self) -> list[FileEntry]:
@@ -13052,54 +13038,42 @@ class Tree:
         """The bytes of all files."""
         return sum(entry.size for entry in self.files)
 
-    def drop_files(self, files: list[FileEntry]) -> None:
-        """Remove files that need not be transferred."""
-        names = {entry.name for entry in files}
-        self.entries = [e for e in self.entries if e.kind != "f" or e.name not in names]
+
+def excludes_nothing(name: bytes, folder: bool) -> bool:
+    return False
 
 
 class RemoteTree(Tree):
-    """Check and hold the entries of a directory on a host.
+    """Check and hold a file on a host, or the entries of a directory.
 
     Attributes:
-        root: the directory itself.
-        special: the entries that are neither a file nor a directory nor a symlink.
+        excluded: the names that are left out, and those below them.
     """
 
-    def __init__(self, excludes: Excludes | None = None) -> None:
+    def __init__(self, excludes: Excludes = excludes_nothing) -> None:
         super().__init__()
-        self.special: list[FileEntry] = []
-        self.root = FileEntry(b"", 0, 0, 0o755, "d")
-        self._excludes = excludes or (lambda *_: False)
-        self._folders = {b""}
-        self._names: set[bytes] = set()
-        self._excluded: set[bytes] = set()
-
-    @property
-    def by_name(self) -> dict[bytes, FileEntry]:
-        """All entries, and the root under the empty name."""
-        return {entry.name: entry for entry in [self.root, *self.entries, *self.special]}
+        self.excluded: set[bytes] = set()
+        self._excludes = excludes
+        self._kinds: dict[bytes, str] = {}
 
     def add(self, entry: FileEntry) -> None:
         """Check an entry of a listing, and add it unless it or its directory is excluded."""
-        name = entry.name
+        name, kind = entry.name, entry.kind
+        folder = name.rpartition(b"/")[0]
+        if name:
+            checked_name(name)
+        if name in self._kinds or (name and self._kinds.get(folder) != "d"):
+            raise SSHError(f"the host lists {printable(repr(name), 120)} in a wrong place")
+        self._kinds[name] = kind
         if not name:
             self.root = entry
-            return
-        checked_name(name)
-        if name in self._names or name.rpartition(b"/")[0] not in self._folders:
-            raise SSHError(f"the host lists {printable(repr(name), 120)} in a wrong place")
-        self._names.add(name)
-        is_folder = entry.kind == "d"
-        if is_folder:
-            self._folders.add(name)
-        if name.rpartition(b"/")[0] in self._excluded or self._excludes(name, is_folder):
-            self._excluded.add(name)
-        else:
-            (self.special if entry.kind == "other" else self.entries).append(entry)
+        if folder in self.excluded or (name and self._excludes(name, kind == "d")):
+            self.excluded.add(name)
+        elif name or kind == "f":
+            self.entries.append(entry)
 
 
-def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> RemoteTree:
+def parse_listing(text: bytes, most: int, excludes: Excludes = excludes_nothing) -> RemoteTree:
     """Read the output of the shell function ``list``, of at most so many entries."""
     # A name may contain a line end, so an entry begins only at a mode, a size, a time and "./".
     pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
@@ -13115,18 +13089,17 @@ def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> R
         if count > most:
             raise SSHError(f"the host lists more than {most} files")
         mode, size, seconds, name = found.groups()
-        tree.add(entry_of(name[2:], int(mode, 16), int(size), int(seconds)))
+        tree.add(remote_entry(name[2:], int(mode, 16), int(size), int(seconds)))
         at = found.end()
     return tree
 
 
-def excluder(patterns: Any) -> Excludes | None:
+def excluder(patterns: Any) -> Excludes:
     """Return a function that checks a name and its kind against patterns as in .gitignore."""
-    if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Iterable):
-        raise TypeError(f"exclude must be a list of patterns, not {short_repr(patterns)}")
+    check_list("exclude", patterns, "a list of patterns")
     lines = [check_string(f"exclude[{n}]", line) for n, line in enumerate(patterns)]
     if not lines:
-        return None
+        return excludes_nothing
     try:
         pathspec: Any = importlib.import_module("pathspec")
     except ImportError as error:
@@ -13142,53 +13115,31 @@ def excluder(patterns: Any) -> Excludes | None:
     return excludes
 
 
-def same_files(
-    files: list[FileEntry], options: Any, find: Callable[[FileEntry], FileEntry | None],
-    different: Callable[[list[FileEntry]], list[FileEntry]],
-) -> list[FileEntry]:  # fmt: skip
-    """Return the files that the target already has, if ``skip_unchanged`` asks for that.
-
-    Parameters:
-        find: returns the entry of the target, if there is one.
-        different: returns those of the files whose content differs.
-    """
-    same = []
-    for entry in files if options.skip_unchanged else ():
-        found = find(entry)
-        if found is not None and (found.kind, found.size) == ("f", entry.size):
-            same_time = whole_seconds(found.mtime) == whole_seconds(entry.mtime)
-            if same_time or options.skip_unchanged == "checksum":
-                same.append(entry)
-    if options.skip_unchanged == "checksum" and same:
-        others = {entry.name for entry in different(same)}
-        same = [entry for entry in same if entry.name not in others]
-    return same
-
-
 class LocalTree(Tree):
     """Find the files, directories and symlinks to upload, and those that are left out.
 
     Attributes:
-        mode, mtime: of ``path`` itself; ``mtime`` in nanoseconds.
+        whole: the absolute path.
+        left_out: (name, reason) for each of those that are left out.
     """
 
-    def __init__(self, path: bytes, symlinks: str, excluded: Excludes | None = None) -> None:
+    def __init__(self, path: bytes, symlinks: str, excludes: Excludes) -> None:
         super().__init__()
         self.path = path
-        self.symlinks = symlinks
-        self._excluded = excluded
+        self.whole = os.path.abspath(path)
+        self._symlinks = symlinks
+        self._excludes = excludes
         self.left_out: list[tuple[bytes, str]] = []
         try:
             status = os.stat(path)  # the path itself may be a symlink
         except FileNotFoundError:
             shown = printable(repr(os.fsdecode(path)), 300)
             raise FileNotFoundError(f"local: there is nothing at {shown}") from None
-        self.is_folder = stat.S_ISDIR(status.st_mode)
-        self.mode, self.mtime = status.st_mode & 0o777, status.st_mtime_ns
+        self.root = local_entry(b"", status)
         if self.is_folder:
             self._scan(b"", (os.path.realpath(path),))
-        elif stat.S_ISREG(status.st_mode):
-            self._add(b"", status)
+        elif self.root.kind == "f":
+            self.entries.append(self.root)
         else:
             raise ValueError(f"local is neither a file nor a directory: {os.fsdecode(path)!r}")
 
@@ -13212,43 +13163,36 @@ class LocalTree(Tree):
                 raise SSHError(CHANGED)
 
     def _scan(self, folder: bytes, above: tuple[bytes, ...]) -> None:
-        with os.scandir(os.path.join(self.path, folder) if folder else self.path) as found:
-            entries = sorted(found, key=lambda e: e.name)
+        with os.scandir(os.path.join(self.path, folder)) as listed:
+            entries = sorted(listed, key=lambda e: e.name)
         for entry in entries:
-            name = os.path.join(folder, entry.name) if folder else entry.name
-            status = entry.stat(follow_symlinks=False)
-            kind = kind_of(status.st_mode)
-            if self._excluded is not None and self._excluded(name, kind == "d"):
+            name = folder + b"/" + entry.name if folder else entry.name
+            found = local_entry(name, entry.stat(follow_symlinks=False))
+            if self._excludes(name, found.kind == "d"):
                 continue
-            if kind == "l":
-                self._add_link(name, entry.path, status, above)
-            elif kind == "other":
+            if found.kind == "l":
+                self._add_link(found, entry.path, above)
+            elif found.kind == "other":
                 self.left_out.append((name, "it is not a file"))
             else:
-                self._add(name, status)
-                if kind == "d":
+                self.entries.append(found)
+                if found.kind == "d":
                     self._scan(name, (*above, os.path.realpath(entry.path)))
 
-    def _add_link(
-        self, name: bytes, path: bytes, status: os.stat_result, above: tuple[bytes, ...]
-    ) -> None:
-        link, real = os.readlink(path), os.path.realpath(path)
+    def _add_link(self, found: FileEntry, path: bytes, above: tuple[bytes, ...]) -> None:
+        name, link, real = found.name, os.readlink(path), os.path.realpath(path)
         within = real.startswith(above[0].rstrip(b"/") + b"/") and os.path.exists(real)
-        if self.symlinks == "copy" and within and link_target(name, link) is not None:
-            self.entries.append(FileEntry(name, 0, status.st_mtime_ns, 0o777, "l", link))
-        elif self.symlinks == "follow" and within and os.path.isfile(real):
-            self._add(name, os.stat(real))
-        elif self.symlinks == "follow" and within and os.path.isdir(real) and real not in above:
-            self._add(name, os.stat(real))
+        follow = within and self._symlinks == "follow"
+        if within and self._symlinks == "copy" and link_target(name, link) is not None:
+            found.link = link
+            self.entries.append(found)
+        elif follow and os.path.isfile(real):
+            self.entries.append(local_entry(name, os.stat(real)))
+        elif follow and os.path.isdir(real) and real not in above:
+            self.entries.append(local_entry(name, os.stat(real)))
             self._scan(name, (*above, real))
         else:
             self.left_out.append((name, f"a symlink to {os.fsdecode(link)}"))
-
-    def _add(self, name: bytes, status: os.stat_result) -> None:
-        if os.sep != "/":
-            name = name.replace(os.fsencode(os.sep), b"/")
-        kind, mode = kind_of(status.st_mode), status.st_mode & 0o777
-        self.entries.append(FileEntry(name, status.st_size, status.st_mtime_ns, mode, kind))
 
 
 def tar_header(entry: FileEntry) -> bytes:
@@ -13273,8 +13217,6 @@ class Portion:
         size: bytes to send.
     """
 
-    __slots__ = ("entries", "size", "start")
-
     def __init__(self, entries: list[FileEntry], start: int | None = None, size: int = 0) -> None:
         self.entries = entries
         self.start = start
@@ -13292,10 +13234,9 @@ def plan_portions(tree: LocalTree, resume: bool) -> list[Portion]:
     """Divide an upload into portions; if it may be resumed, the first ones are small."""
     portions: list[Portion] = []
     bundle: Portion | None = None
-    others = [entry for entry in tree.entries if entry.kind != "f"]
-    files = sorted(tree.files, key=lambda entry: entry.size) if resume else tree.files
     before = 0
-    for entry in [*others, *files]:
+    # Files come last; with resume, the small ones of them first.
+    for entry in sorted(tree.entries, key=lambda e: (e.kind == "f", e.size if resume else 0)):
         most = _portion_size(before) if resume else CHUNK
         if tree.is_folder and entry.size < most:
             if bundle is None or bundle.size >= most or len(bundle.entries) >= BUNDLE_FILES:
@@ -13356,7 +13297,6 @@ INLINE = (
     "for l in $1; do s=$s$l$n; done; unset IFS; set +f; echo {mark}; eval \"$s\"' sh '{script}'"
 )
 NO_INPUT = 119  # the exit code if the input ends before the script
-Channel = TypeVar("Channel", bound=LimitedChannel)
 READS_ALL = "a start-up file of the host, such as ~/.bashrc, reads the input of all commands"
 MAX_INLINE = 4096  # bytes; dropbear accepts 9,000
 
@@ -13365,7 +13305,7 @@ class NoShellError(SSHError):
     """Report a host without a POSIX shell or one of the usual tools; SFTP may work."""
 
 
-def with_patience(seconds: float, open_channel: Callable[[], Channel]) -> Channel:
+def with_patience(seconds: float, open_channel: Callable[[], Any]) -> Any:
     """Open a channel; retry while the host opens no further one."""
     deadline = time.monotonic() + seconds
     while True:
@@ -13394,7 +13334,6 @@ class RemoteScript:
         turn: threading.Lock | None = None,
     ) -> None:  # fmt: skip
         self._transport = transport
-        self._watchdog = watchdog
         self._turn = turn
         self._ending = False
         self._mark = os.urandom(8).hex()
@@ -13403,7 +13342,14 @@ class RemoteScript:
         inline = None if reads else inlined(script)
         line = BOOTSTRAP if inline is None else INLINE
         command = line.format(mark=self._mark, script=inline)
-        self.channel = self._open(command, timeout, patience, window)
+
+        def open_channel() -> LimitedChannel:
+            with turn or contextlib.nullcontext():
+                channel = LimitedChannel(transport, timeout, watchdog, window)
+                channel.exec_command(command)
+            return channel
+
+        self.channel: LimitedChannel = with_patience(patience, open_channel)
         mark = self._mark.encode() + b"\n"
         # An inline script also gets lines, for start-up files that read some, and because dropbear
         # loses the output of a short script that has no input.
@@ -13412,17 +13358,6 @@ class RemoteScript:
         self.channel.in_buffer.set_event(self._arrived)
         if inline is not None and turn is None:
             self.end()  # a start-up file that reads all input ends then
-
-    def _open(self, command: str, timeout: float, patience: float, window: int) -> LimitedChannel:
-        """Run a command on a new channel."""
-
-        def once() -> LimitedChannel:
-            with self._turn or contextlib.nullcontext():
-                channel = LimitedChannel(self._transport, timeout, self._watchdog, window)
-                channel.exec_command(command)
-            return channel
-
-        return with_patience(patience, once)
 
     def __enter__(self) -> RemoteScript:
         return self
@@ -13446,10 +13381,6 @@ class RemoteScript:
         if self._turn is not None and self._ending:
             self._ending = False
             self._turn.release()
-
-    def hurry(self) -> None:
-        """Shorten the timeout, because the transfer stops."""
-        self.channel.timeout = min(self.channel.timeout, LAST_PATIENCE)
 
     # --- sending ---
 
@@ -13483,6 +13414,20 @@ class RemoteScript:
         if not self._begun:
             self._skip_noise()
         return self._receive(most)
+
+    def piece(self, left: int) -> bytes:
+        """Return some of the ``left`` bytes of output that must still follow."""
+        piece = self.read(min(TRANSFER_PIECE, left))
+        if not piece:
+            raise SSHError(f"{left} bytes are missing: {self.refused()}")
+        return piece
+
+    def exactly(self, size: int) -> bytes:
+        """Return the next ``size`` bytes of output."""
+        data = b""
+        while len(data) < size:
+            data += self.piece(size - len(data))
+        return data
 
     def line(self) -> bytes:
         """Return the next line without its end, or the rest of the output."""
@@ -13611,7 +13556,6 @@ def inlined(script: bytes) -> str | None:
 
 
 MAX_STREAMS = 16
-SYMLINK_WAYS = ("skip", "copy", "follow")
 # (size in bytes, connections): from this size on, more connections save more time than their logins
 # cost.
 UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
@@ -13619,47 +13563,39 @@ CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its wo
 LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
 NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
 RANGE = 64 * 1024 * 1024  # bytes that are requested or hashed at a time, within the timeout
+FileRange = tuple[FileEntry, int, int]  # with the start and the size
 
 
 class TransferOptions:
     """Check the arguments of a transfer."""
 
     def __init__(
-        self, local: Any, remote: Any, *, preserve: Any = False, verify: Any = False,
-        resume: Any = False, symlinks: Any = "skip", streams: Any = None, max_bytes: Any = None,
-        progress: Any = None, on_progress: Any = None, timeout: Any = 30.0, deadline: Any = None,
-        skip_unchanged: Any = False, exclude: Any = (),
+        self, local: Any, remote: Any, *, preserve: Any, verify: Any, resume: Any, symlinks: Any,
+        exclude: Any, skip_unchanged: Any, streams: Any, progress: Any, on_progress: Any,
+        timeout: Any, deadline: Any,
     ) -> None:  # fmt: skip
         self.local = check_path("local", local)
         self.remote = check_path("remote", remote)
         self.source = remote_path(self.remote)
         if not isinstance(skip_unchanged, bool) and skip_unchanged != "checksum":
-            raise ValueError(
-                "skip_unchanged must be True, False or 'checksum', not "
-                f"{short_repr(skip_unchanged)}"
-            )
+            shown = short_repr(skip_unchanged)
+            raise ValueError(f"skip_unchanged must be True, False or 'checksum', not {shown}")
         self.skip_unchanged: bool | str = skip_unchanged
-        self.excluded = excluder(exclude)
+        self.excludes = excluder(exclude)
         # Times can only be compared later if they are kept now.
         self.preserve = check_bool("preserve", preserve) or skip_unchanged is True
         self.verify = check_bool("verify", verify)
         self.resume = check_bool("resume", resume)
-        if symlinks not in SYMLINK_WAYS:
-            raise ValueError(
-                f"symlinks must be 'skip', 'copy' or 'follow', not {short_repr(symlinks)}"
-            )
+        if symlinks not in ("skip", "copy", "follow"):
+            shown = short_repr(symlinks)
+            raise ValueError(f"symlinks must be 'skip', 'copy' or 'follow', not {shown}")
         self.symlinks: str = symlinks
-        self.streams = self.max_bytes = None
+        self.streams = None
         if streams is not None:
             self.streams = check_count("streams", streams, minimum=1, maximum=MAX_STREAMS)
-        if max_bytes is not None:
-            self.max_bytes = check_count("max_bytes", max_bytes)
-        shown = progress if isinstance(progress, bool) else False
-        self.events = ProgressOptions(on_progress, shown)
-        self.progress: Callable[[str, int, int], object] | None = None
-        if not isinstance(progress, bool):
-            check_callback("progress", progress, 3)
-            self.progress = progress
+        self.events = ProgressOptions(on_progress, progress is True)
+        self.progress = None if isinstance(progress, bool) else progress
+        check_callback("progress", self.progress, 3)
         self.timeout = check_number("timeout", timeout, above=True, unit="seconds")
         self.deadline = check_optional_number("deadline", deadline, above=True, unit="seconds")
 
@@ -13674,8 +13610,9 @@ class DownloadOptions(TransferOptions):
             the content of a directory.
     """
 
-    def __init__(self, remote: Any, local: Any, **given: Any) -> None:
+    def __init__(self, remote: Any, local: Any, *, max_bytes: Any, **given: Any) -> None:
         super().__init__(local, remote, **given)
+        self.max_bytes = None if max_bytes is None else check_count("max_bytes", max_bytes)
         here = os.fsdecode(os.path.expanduser(self.local))
         name = os.fsdecode(self.remote.rstrip(b"/").rpartition(b"/")[2])
         content = is_content(self.remote) or self.remote == b"~"
@@ -13692,28 +13629,21 @@ def is_content(path: bytes) -> bool:
 
 def check_path(name: str, value: Any) -> bytes:
     """Check a path, and return it as bytes."""
-    if not isinstance(value, (str, bytes, os.PathLike)):
-        raise TypeError(f"{name} must be a path, not {short_repr(value)}")
-    try:
-        path = os.fsencode(value)
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} has a character that is not allowed in a path") from None
-    if not path or b"\0" in path:
-        raise ValueError(f"{name} must not be empty or hold a NUL: {short_repr(path)}")
-    check_local_path(name, path)  # no host allows longer ones
+    check_type(name, value, "a path", str, bytes, os.PathLike)
+    check_local_path(name, value)  # no host allows longer ones
+    path = os.fsencode(value)
+    if not path:
+        raise ValueError(f"{name} must not be empty")
     return path
 
 
 class UploadOptions(TransferOptions):
     """Check the arguments of an upload."""
 
-    def __init__(
-        self, local: Any, remote: Any, *, preview: Any = False, delete: Any = False, **given: Any
-    ) -> None:
+    def __init__(self, local: Any, remote: Any, *, preview: Any, delete: Any, **given: Any) -> None:
         super().__init__(local, remote, **given)
-        folder = re.sub(rb"(/+\.?)+$", b"", self.source)
-        if folder != self.source:  # it ends with "/", "//" or "/."
-            self.source = folder + b"/"
+        self.content = is_content(self.local)
+        self.source = re.sub(rb"(/+\.?)+\Z", b"/", self.source)
         self.preview = check_bool("preview", preview)
         self.delete: bool | frozenset[bytes] = False
         if isinstance(delete, TransferResult) and delete.deletes is not None and not preview:
@@ -13731,7 +13661,7 @@ class UploadOptions(TransferOptions):
 def check_upload(local: Any, remote: Any, **given: Any) -> tuple[UploadOptions, LocalTree]:
     """Check the arguments of an upload, and find the files to send."""
     options = UploadOptions(local, remote, **given)
-    tree = LocalTree(os.path.expanduser(options.local), options.symlinks, options.excluded)
+    tree = LocalTree(os.path.expanduser(options.local), options.symlinks, options.excludes)
     if options.delete is not False and not tree.is_folder:
         raise ValueError("delete is for the upload of a directory, and local is a file")
     return options, tree
@@ -13745,7 +13675,7 @@ def upload_connections(options: UploadOptions, tree: LocalTree) -> int:
     return next((count for least, count in UPLOAD_CONNECTIONS if size >= least), 1)
 
 
-class StoppedError(Exception):
+class StoppedError(SSHError):
     """Stop a worker after another one has failed; used only within a transfer."""
 
 
@@ -13801,8 +13731,6 @@ class Transfer:
                 self.options.events.reporting() as self._report,
             ):
                 yield
-        except TransferError:
-            raise
         except failures as error:
             # The text of a plain SSHError is the whole reason: its traceback would only be noise.
             raise self._failure(error) from (None if type(error) is SSHError else error)
@@ -13854,22 +13782,63 @@ class Transfer:
         with self._lock:
             running = list(self._running)
         for script in running:
-            script.hurry()
+            script.channel.timeout = min(script.channel.timeout, LAST_PATIENCE)
             if script is not but:
                 script.close()
 
+    def give_up(self, control: RemoteScript | None = None) -> None:
+        """Stop all workers, and wait until ``control`` has removed the data on the host."""
+        self.stop(but=control)
+        self.join_workers()
+        if control is None:
+            return
+        control.end()
+        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
+        try:
+            with self.watchdog.limit(LAST_PATIENCE, control.close):
+                control.rest(MAX_LINE)
+        except failures as error:
+            if not self.options.resume:
+                logger.warning("a temporary file may stay on the host: %s", error)
+        finally:
+            control.close()
+
+    def leave_unchanged(
+        self, tree: Tree, find: Callable[[bytes], FileEntry | None],
+        different: Callable[[list[FileEntry]], list[FileEntry]],
+    ) -> None:  # fmt: skip
+        """Remove the files that the target already has, if ``skip_unchanged`` asks for that.
+
+        Parameters:
+            find: returns the entry of the target with a name, if there is one.
+            different: returns those of the files whose content differs.
+        """
+        how = self.options.skip_unchanged
+        same = []
+        for entry in tree.files if how else ():
+            found = find(entry.name)
+            if found is not None and (found.kind, found.size) == ("f", entry.size):
+                same_time = whole_seconds(found.mtime) == whole_seconds(entry.mtime)
+                if same_time or how == "checksum":
+                    same.append(entry)
+        names = {entry.name for entry in same}
+        if how == "checksum" and same:
+            names -= {entry.name for entry in different(same)}
+        tree.entries = [entry for entry in tree.entries if entry.name not in names]
+        self.unchanged = len(names)
+
     def different(
-        self, ranges: Iterable[tuple[FileEntry, int, int]],
-        place: Callable[[FileEntry], str | Path], setup: str = "", **values: Any,
+        self, ranges: Iterable[FileRange], place: Callable[[FileEntry], str | Path],
+        setup: str = "", **values: Any,
     ) -> Iterator[FileEntry]:  # fmt: skip
-        """Yield the file of each range (file, start, size) whose SHA-256 on the host differs.
+        """Yield the file of each range whose SHA-256 on the host differs.
 
         Parameters:
             place: returns the local path of a file.
             setup: shell commands that set ``path``, if it is not in ``values``.
         """
-        small: list[tuple[FileEntry, int, int]] = []
-        chunks: list[tuple[FileEntry, int, int]] = []
+        small: list[FileRange] = []
+        chunks: list[FileRange] = []
         for entry, start, size in ranges:
             if entry.name and size == entry.size < SMALL_FILE:
                 small.append((entry, start, size))
@@ -13906,8 +13875,6 @@ class Transfer:
             ssh = self.pool.get(number)
             if ssh is not None:
                 work(ssh)
-        except StoppedError:
-            pass
         except BaseException as error:
             failure = error
         self._events.put((None, failure))
@@ -13930,6 +13897,7 @@ class Transfer:
             elif more is not None and failure is None:
                 failure = more
                 self.stop()
+        self.join_workers()
         if failure is not None:
             raise failure
 
@@ -13982,8 +13950,7 @@ class Transfer:
         """Describe an error of the host or the connection: the file, how far, and why."""
         entry = getattr(error, "entry", None)
         if entry is None:
-            name, done = printable(self.name), sum(self._done.values())
-            total = self.total
+            name, done, total = printable(self.name), self._all_done, self.total
         else:
             name, done, total = self._shown(entry), self._done.get(entry.name, 0), entry.size
         why = printable(str(error) or type(error).__name__, 500)
@@ -15451,6 +15418,7 @@ def _raw_mode(source: int) -> Iterator[None]:
 
 
 PART = ".clore-part-"
+MAX_HOPS = 40  # symlinks that lead to each other
 ZEROS = bytes(TRANSFER_PIECE)
 Spans = list[tuple[int, int]]  # start and length
 # Returns those of the files whose content differs from that of their targets.
@@ -15480,7 +15448,6 @@ class LocalPart:
     def __enter__(self) -> LocalPart:
         if self._options.resume:
             self._open_record()
-            self.done = self._read_record()
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
@@ -15503,16 +15470,11 @@ class LocalPart:
             self._record.close()
             self._record = None
             raise SSHError("another process runs the same transfer: wait for its end")
-
-    def _read_record(self) -> dict[str, Spans]:
-        done: dict[str, Spans] = {}
-        if os.path.lexists(self._part):
-            lines = re.findall(
-                r"^([0-9a-f]{32}) (\d{1,18}) (\d{1,18})\n", self._record.read(), re.M
-            )
-            for key, start, length in lines:
-                done.setdefault(key, []).append((int(start), int(length)))
-        return done
+        line = r"^([0-9a-f]{32}) (\d{1,18}) (\d{1,18})\n"
+        for key, start, length in re.findall(line, self._record.read(), re.M):
+            self.done.setdefault(key, []).append((int(start), int(length)))
+        if not os.path.lexists(self._part):
+            self.clear()
 
     def note(self, entry: FileEntry, start: int, end: int) -> int:
         """Record a range, in whole blocks or up to the end of the file; return where it ends."""
@@ -15546,32 +15508,28 @@ class LocalPart:
         return merged
 
     def missing(self, entry: FileEntry) -> Spans:
-        """Return the ranges of a file that are missing."""
+        """Return the ranges of a file that are missing; of an empty file, one without bytes."""
+        earlier = self.earlier(entry)
         left, at = [], 0
-        for start, length in [*self.earlier(entry), (entry.size, 0)]:
+        for start, length in [*earlier, (entry.size, 0)]:
             if start > at:
                 left.append((at, start - at))
-            at = max(at, start + length)
-        return left
-
-    def is_done(self, entry: FileEntry) -> bool:
-        return record_key(entry.version) in self.done and not self.missing(entry)
+            at = start + length
+        return left if earlier or entry.size else [(0, 0)]
 
     # --- files ---
 
-    def accept(self, files: list[FileEntry], folder: bool) -> None:
-        """Check the sizes and the target, before anything is created."""
+    def check_target(self, is_folder: bool) -> None:
+        """Find the final path, and check what is there, before anything is created."""
         self._size = 0
-        self.grow(sum(entry.size for entry in files))
-        if folder:
+        if is_folder:
             self.target = self._options.folder_target
         target = self.target
         above = os.path.dirname(os.path.abspath(target))
-        if os.path.lexists(above) and not os.path.isdir(above):
-            raise NotADirectoryError(f"local is not a directory: {above!r}")
-        if folder:
-            if os.path.lexists(target) and not os.path.isdir(target):
-                raise NotADirectoryError(f"local is not a directory: {target!r}")
+        for folder in [above, target] if is_folder else [above]:
+            if os.path.lexists(folder) and not os.path.isdir(folder):
+                raise NotADirectoryError(f"local is not a directory: {folder!r}")
+        if is_folder:
             return
         if os.path.isdir(target):
             raise IsADirectoryError(f"local is a directory: {target!r}")
@@ -15591,33 +15549,30 @@ class LocalPart:
         if most is not None and self._size > most:
             raise SSHError(f"it has {self._size} bytes, and max_bytes is {most}")
 
-    def begin(self, entries: list[FileEntry]) -> None:
+    def begin(self, tree: RemoteTree) -> None:
         """Create the temporary file or directories; start over if the source has changed."""
         os.makedirs(self._part.parent, exist_ok=True)
-        single = entries[0] if len(entries) == 1 and not entries[0].name else None
-        if not set(self.done) <= {record_key(entry.version) for entry in entries}:
+        if not set(self.done) <= {record_key(entry.version) for entry in tree.entries}:
             self.clear()
         if not self.done:
             self._remove()
-        if single is None:
-            self._part.mkdir(mode=0o700, exist_ok=bool(self.done))
-            for entry in entries:
-                if entry.kind == "d":
-                    self.place(entry).mkdir(mode=0o700, exist_ok=bool(self.done))
-        else:
-            self.open(single).close()
+        if not tree.is_folder:
+            self.open(tree.root).close()
+            return
+        for entry in tree.by_name.values():
+            if entry.kind == "d":
+                self.place(entry).mkdir(mode=0o700, exist_ok=bool(self.done))
 
-    def target_of(self, entry: FileEntry) -> str:
+    def target_of(self, name: bytes) -> str:
         """Return the final path of an entry."""
-        return os.path.join(self.target, checked_name(entry.name)) if entry.name else self.target
+        return os.path.join(self.target, checked_name(name)) if name else self.target
 
-    def installed(self, entry: FileEntry) -> FileEntry | None:
+    def installed(self, name: bytes) -> FileEntry | None:
         """Return the entry that already exists at the final path of a file, or None."""
         try:
-            found = os.lstat(self.target_of(entry))
+            return local_entry(name, os.lstat(self.target_of(name)))
         except OSError:
             return None
-        return entry_of(entry.name, found.st_mode, found.st_size, int(found.st_mtime))
 
     def place(self, entry: FileEntry) -> Path:
         """Return the temporary path of an entry."""
@@ -15640,68 +15595,61 @@ class LocalPart:
 
     # --- the end ---
 
-    def install_file(self, entry: FileEntry) -> None:
-        found = os.stat(self._part)
-        if found.st_size != entry.size:
-            raise SSHError(f"{found.st_size} bytes have arrived")
-        self._finish(entry, self.target)
-        os.replace(self._part, self.target)
-
-    def install_tree(self, root: FileEntry, entries: list[FileEntry]) -> None:
-        merging = os.path.lexists(self.target)
+    def install(self, tree: RemoteTree) -> None:
+        """Move everything to the target, with the right modes and times."""
+        if not tree.is_folder:
+            size = os.stat(self._part).st_size
+            if size != tree.root.size:
+                raise SSHError(f"{size} bytes have arrived")
+        merges = tree.is_folder and os.path.lexists(self.target)
         # When merging, directories stay writable, so that files can be moved out of them.
-        for entry in entries[::-1]:
-            if entry.kind == "f" or (entry.kind == "d" and not merging):
-                place = os.path.join(self.target, checked_name(entry.name))
-                self._finish(entry, place if merging else "")
-        if merging:
-            merge_into(self._part, self.target, entries, self._options.preserve)
+        for entry in reversed(tree.by_name.values()):
+            if entry.kind == "f" or (entry.kind == "d" and not merges):
+                self._set_mode(entry)
+        if merges:
+            self._merge(tree.entries)
         else:
-            self._finish(root, "")
             os.makedirs(os.path.dirname(os.path.abspath(self.target)), exist_ok=True)
-            os.rename(self._part, self.target)
+            os.replace(self._part, self.target)
 
-    def _finish(self, entry: FileEntry, instead: str) -> None:
+    def _set_mode(self, entry: FileEntry) -> None:
         """Set permissions (of the source, or of the file it replaces) and, with preserve, times."""
-        place, mode = self.place(entry), entry.mode
-        if not self._options.preserve:
-            mode &= ~local_umask()
-            if instead and entry.kind == "f" and os.path.isfile(instead):
-                mode = stat.S_IMODE(os.stat(instead).st_mode)
-        os.chmod(place, mode)
+        place, mode, replaced = self.place(entry), entry.mode, self.target_of(entry.name)
         if self._options.preserve:
             os.utime(place, ns=(entry.mtime, entry.mtime))
+        elif os.path.isfile(replaced):
+            mode = stat.S_IMODE(os.stat(replaced).st_mode)
+        else:
+            mode &= ~local_umask()
+        os.chmod(place, mode)
+
+    def _merge(self, entries: list[FileEntry]) -> None:
+        """Move a tree into an existing one; never write through a symlink there."""
+        for entry in entries:  # check all before moving the first
+            target, is_folder = self.target_of(entry.name), entry.kind == "d"
+            shown = printable(os.fsdecode(entry.name), 300)
+            if os.path.islink(target) and is_folder:
+                raise SSHError(f"local has a symlink in the place of {shown}")
+            if os.path.lexists(target) and os.path.isdir(target) != is_folder:
+                raise SSHError(f"local has something else in the place of {shown}")
+        for entry in entries:
+            target = self.target_of(entry.name)
+            if entry.kind != "d":
+                os.replace(self.place(entry), target)
+            elif not os.path.isdir(target):
+                os.mkdir(target, entry.mode | 0o700)  # without what the umask forbids
+        for entry in entries[::-1]:
+            if entry.kind == "d" and self._options.preserve:
+                target = self.target_of(entry.name)
+                os.chmod(target, entry.mode)
+                os.utime(target, ns=(entry.mtime, entry.mtime))
+        shutil.rmtree(self._part)
 
 
 def local_umask() -> int:
     umask = os.umask(0o077)
     os.umask(umask)
     return umask
-
-
-def merge_into(part: Path, target: str, entries: list[FileEntry], preserve: bool) -> None:
-    """Move a tree into an existing one; never write through a symlink there."""
-    for entry in entries:  # check all before moving the first
-        place = os.path.join(target, checked_name(entry.name))
-        shown = printable(os.fsdecode(entry.name), 300)
-        if os.path.islink(place) and entry.kind == "d":
-            raise SSHError(f"local has a symlink in the place of {shown}")
-        if os.path.lexists(place) and os.path.isdir(place) != (entry.kind == "d"):
-            raise SSHError(f"local has something else in the place of {shown}")
-    umask = local_umask()
-    for entry in entries:
-        name = checked_name(entry.name)
-        place = os.path.join(target, name)
-        if entry.kind != "d":
-            os.replace(part / name, place)
-        elif not os.path.isdir(place):
-            os.mkdir(place, 0o700)
-            os.chmod(place, (entry.mode | 0o700) & (0o777 if preserve else ~umask))
-    for entry in [e for e in entries[::-1] if e.kind == "d" and preserve]:
-        place = os.path.join(target, checked_name(entry.name))
-        os.chmod(place, entry.mode)
-        os.utime(place, ns=(entry.mtime, entry.mtime))
-    shutil.rmtree(part)
 
 
 def write_piece(file: Any, piece: bytes) -> None:
@@ -15718,45 +15666,32 @@ def write_piece(file: Any, piece: bytes) -> None:
         view = view[file.write(view) :]
 
 
-def begin_file(
-    transfer: Transfer, part: LocalPart, entry: FileEntry, different: Different
-) -> list[FileEntry]:
-    """Check and begin the download of a file; return what to receive, unless it is unchanged."""
-    transfer.total = entry.size
-    part.accept([entry], folder=False)
-    if same_files([entry], transfer.options, part.installed, different):
-        transfer.unchanged = 1
-        return []
-    part.begin([entry])
-    return [entry]
-
-
-def begin_tree(
+def begin_download(
     transfer: Transfer, part: LocalPart, tree: RemoteTree, different: Different
 ) -> list[FileEntry]:
-    """Check and begin the download of a directory; return its symlinks."""
-    options = transfer.options
-    for entry in tree.special:
-        transfer.leave_out(entry.name, "it is not a file")
+    """Check and begin a download, unless nothing has changed; return the symlinks."""
     kept = []
     for entry in tree.entries:
-        if entry.kind == "l" and options.symlinks == "skip":
-            transfer.leave_out(entry.name, "a symlink")
+        why = ""
+        if entry.kind == "other":
+            why = "it is not a file"
+        elif entry.kind == "l" and transfer.options.symlinks == "skip":
+            why = "a symlink"
         elif entry.kind == "l" and b"\\" in entry.name:  # an escape for GNU tar
-            transfer.leave_out(entry.name, "a symlink whose name has a backslash")
+            why = "a symlink whose name has a backslash"
+        if why:
+            transfer.leave_out(entry.name, why)
         else:
             kept.append(entry)
     tree.entries = kept
     links = [entry for entry in kept if entry.kind == "l"]
+    part.check_target(tree.is_folder)
+    if not links or transfer.options.symlinks != "follow":  # a copy may need unchanged files
+        transfer.leave_unchanged(tree, part.installed, different)
     transfer.total = tree.size
-    part.accept(tree.files, folder=True)
-    if not links or options.symlinks != "follow":  # a followed symlink may need unchanged files
-        same = same_files(tree.files, options, part.installed, different)
-        tree.drop_files(same)
-        transfer.unchanged = len(same)
-        part.accept(tree.files, folder=True)
-    transfer.total = tree.size
-    part.begin(tree.entries)
+    part.grow(tree.size)
+    if tree.is_folder or tree.files:
+        part.begin(tree)
     return links
 
 
@@ -15766,17 +15701,17 @@ def make_links(
     """Create the symlinks that lead to something in the tree, or copies of it."""
     entries = {entry.name: entry for entry in tree.entries}
     folders = {entry.name for entry in tree.entries if entry.kind == "d"}
+    follow = transfer.options.symlinks == "follow"
     for link in links:
-        target, hops = link, 0
-        while target.kind == "l" and hops < 40:
-            within, hops = link_target(target.name, target.link, folders), hops + 1
-            found = entries.get(within) if within else None
-            if found is None:
+        target: FileEntry | None = link
+        for _ in range(MAX_HOPS):
+            if target is None or target.kind != "l":
                 break
-            target = found
-        inside = (link.name + b"/").startswith(target.name + b"/")
-        follow = transfer.options.symlinks == "follow"
-        if target.kind == "l" or (inside and follow):
+            target = entries.get(link_target(target.name, target.link, folders) or b"")
+        else:
+            target = None
+        inside = target is not None and (link.name + b"/").startswith(target.name + b"/")
+        if target is None or (inside and follow):
             transfer.leave_out(link.name, f"a symlink to {os.fsdecode(link.link)}")
             tree.entries.remove(link)
         elif not follow:
@@ -15842,25 +15777,20 @@ def sftp_session(transfer: Transfer) -> Iterator[RemoteFiles]:
         channel.invoke_subsystem("sftp")
         return channel
 
-    channel: Any = with_patience(min(SFTP_PATIENCE, transfer.timeout), once)
     unreadable = (paramiko.SFTPError, UnicodeError, ValueError, TypeError)
     failures: tuple[type[Exception], ...] = (*unreadable, *connection_errors())
-    try:
+    with contextlib.closing(with_patience(min(SFTP_PATIENCE, transfer.timeout), once)) as channel:
         try:
             sftp = paramiko.SFTPClient(channel)
         except failures as error:
-            raise SSHError(
-                f"the host has neither a usual shell nor SFTP: {reason(error)}"
-            ) from error
+            text = f"the host has neither a usual shell nor SFTP: {reason(error)}"
+            raise SSHError(text) from error
         sftp.logger = logging.getLogger(PARAMIKO_LOGGER)  # it logs names without escaping them
         try:
             yield RemoteFiles(sftp)
         except unreadable as error:
-            raise SSHError(
-                f"the host sent an answer that can't be read: {reason(error)}"
-            ) from error
-    finally:
-        channel.close()
+            text = f"the host sent an answer that can't be read: {reason(error)}"
+            raise SSHError(text) from error
 
 
 class RemoteFiles:
@@ -15886,24 +15816,21 @@ class RemoteFiles:
         found = self.look(path, follow)
         return "" if found is None else found.kind
 
-    def tree(self, path: bytes, excludes: Excludes | None = None) -> RemoteTree:
+    def tree(self, path: bytes, excludes: Excludes) -> RemoteTree:
         """Return the entry at a path, and all entries below it."""
         tree, found = RemoteTree(excludes), self.look(path)
-        if found is not None:
-            tree.add(found)
-            if found.kind == "d":
-                self._walk(path, b"", tree, 0)
+        if found is None:
+            return tree
+        tree.add(found)
+        folders = [b""] if found.kind == "d" else []
+        while folders:
+            folder = folders.pop()
+            for entry in self._listed(_join(path, folder)):
+                entry.name = folder + b"/" + entry.name if folder else entry.name
+                tree.add(entry)  # which limits the levels
+                if entry.kind == "d":
+                    folders.append(entry.name)
         return tree
-
-    def _walk(self, top: bytes, folder: bytes, tree: RemoteTree, level: int) -> None:
-        if level > MAX_LEVELS:
-            raise SSHError(f"the host lists more than {MAX_LEVELS} nested directories")
-        for entry in self._listed(_join(top, folder)):
-            if folder:
-                entry.name = folder + b"/" + entry.name
-            tree.add(entry)
-            if entry.kind == "d":
-                self._walk(top, entry.name, tree, level + 1)
 
     def _listed(self, folder: bytes) -> list[FileEntry]:
         """Return the entries of a directory."""
@@ -15911,12 +15838,7 @@ class RemoteFiles:
         listed = list(itertools.islice(self.sftp.listdir_iter(folder), MAX_LISTED + 1))
         if len(listed) > MAX_LISTED:
             raise SSHError(f"the host lists more than {MAX_LISTED} files in a directory")
-        entries = [_entry(os.fsencode(found.filename), found) for found in listed]
-        for entry in entries:
-            if b"/" in entry.name:
-                shown = printable(repr(entry.name), 120)
-                raise SSHError(f"the host sent an invalid file name: {shown}")
-        return entries
+        return [_entry(os.fsencode(found.filename), found) for found in listed]
 
     def open(self, path: bytes, mode: str) -> Any:
         """Open a file for large requests."""
@@ -15934,17 +15856,13 @@ class RemoteFiles:
                 raise SSHError(f"{size - len(piece)} bytes are missing")
             yield piece
 
-    def digest(self, path: bytes, size: int) -> str:
-        """Return the SHA-256 of a file."""
-        digest = hashlib.sha256()
-        with self.open(path, "rb") as file:
-            for piece in self.pieces(file, 0, size):
-                digest.update(piece)
-        return digest.hexdigest()
-
     def differs(self, entry: FileEntry, path: bytes, here: str | Path) -> bool:
         """Return whether the SHA-256 of a file differs from that of a local file."""
-        return self.digest(path, entry.size) != file_digest(here, 0, entry.size)
+        digest = hashlib.sha256()
+        with self.open(path, "rb") as file:
+            for piece in self.pieces(file, 0, entry.size):
+                digest.update(piece)
+        return digest.hexdigest() != file_digest(here, 0, entry.size)
 
     def make_folders(self, folder: bytes) -> None:
         """Create a directory with its parents, if it is missing."""
@@ -15981,7 +15899,7 @@ def _entry(name: bytes, found: Any) -> FileEntry:
     """Check the attributes of a file that a host sent."""
     if None in (found.st_mode, found.st_size, found.st_mtime):
         raise SSHError("the host sends no size, time or mode of a file")
-    return entry_of(name, found.st_mode, int(found.st_size), int(found.st_mtime))
+    return remote_entry(name, found.st_mode, int(found.st_size), int(found.st_mtime))
 
 
 def _join(path: bytes, name: bytes) -> bytes:
@@ -15997,19 +15915,17 @@ class SftpDownload:
         self._remote = remote
         self._source = remote.absolute(transfer.options.source).rstrip(b"/") or b"/"
 
-    def look(self) -> FileEntry | RemoteTree:
-        found = self._remote.look(self._source)
-        if found is None:
+    def look(self) -> RemoteTree:
+        kind = self._remote.kind(self._source)
+        if not kind:
             raise SSHError("there is no such file")
-        if found.kind == "other":
+        if kind == "other":
             raise SSHError("it is neither a file nor a directory")
-        if found.kind == "f":
-            return found
-        return self._remote.tree(self._source, self._transfer.options.excluded)
+        return self._remote.tree(self._source, self._transfer.options.excludes)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         differs, target = self._remote.differs, self._part.target_of
-        return [e for e in files if differs(e, _join(self._source, e.name), target(e))]
+        return [e for e in files if differs(e, _join(self._source, e.name), target(e.name))]
 
     def receive(self, files: list[FileEntry], links: list[FileEntry]) -> None:
         for link in links:
@@ -16038,8 +15954,7 @@ class SftpDownload:
             self._transfer.moved(entry, 0)
         check_unchanged(entry, self._remote.look(source))
         # Not after every resumed download: hashing costs as much as receiving the file again.
-        verify = self._transfer.options.verify
-        if verify and self._remote.differs(entry, source, part.place(entry)):
+        if self._transfer.options.verify and self._remote.differs(entry, source, part.place(entry)):
             part.clear()
             raise SSHError(DIFFERS)
         for _, length in earlier:
@@ -16055,8 +15970,7 @@ class SftpUpload:
         self._tree = tree
         self._remote = remote
         self._target = self._find_target()
-        whole = os.path.abspath(tree.path)
-        token = part_token(self._options.resume, "sftp", self._target, whole)
+        token = part_token(self._options.resume, "sftp", self._target, tree.whole)
         self._part = _join(posixpath.dirname(self._target), PART.encode() + token.encode())
         self._confirmed = self._unconfirmed = 0  # bytes
 
@@ -16064,29 +15978,27 @@ class SftpUpload:
         """Check the target, and return its path."""
         remote, is_folder = self._remote, self._tree.is_folder
         path = remote.absolute(self._options.source)
-        name = os.path.basename(os.path.abspath(self._tree.path))
         if is_folder:
-            inside = not is_content(self._options.local)
+            inside = not self._options.content
         else:
             inside = path.endswith(b"/") or remote.kind(path) == "d"
         path = path.rstrip(b"/") or b"/"
         if inside:
-            path = _join(path, name)
+            path = _join(path, os.path.basename(self._tree.whole))
         kind = remote.kind(path)
+        shown = os.fsdecode(path)
         if kind != "d" and remote.kind(path, follow=False) == "l":
             if self._options.symlinks != "follow" or not kind:
-                raise SSHError(
-                    f"{os.fsdecode(path)} is a symlink: remove it, or pass symlinks='follow'"
-                )
+                raise SSHError(f"{shown} is a symlink: remove it, or pass symlinks='follow'")
             path = os.fsencode(remote.sftp.normalize(path))
         if kind and (kind == "d") != is_folder:
-            raise SSHError(f"{os.fsdecode(path)} is {'not ' if is_folder else ''}a directory")
+            raise SSHError(f"{shown} is {'not ' if is_folder else ''}a directory")
         if kind == "other":
-            raise SSHError(f"{os.fsdecode(path)} is neither a file nor a directory")
+            raise SSHError(f"{shown} is neither a file nor a directory")
         return path
 
     def listing(self) -> tuple[bytes, RemoteTree]:
-        return self._target, self._remote.tree(self._target)
+        return self._target, self._remote.tree(self._target, self._options.excludes)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         differs, place = self._remote.differs, self._tree.place
@@ -16121,10 +16033,9 @@ class SftpUpload:
     def _check_record(self, record: bytes) -> None:
         """Remove what an earlier upload has sent, unless the source is still the same."""
         key = record_key([entry.version for entry in self._tree.files]).encode()
-        if self._remote.look(record) is not None:
-            with self._remote.open(record, "rb") as file:
-                if file.read(len(key)) == key:
-                    return
+        with contextlib.suppress(FileNotFoundError), self._remote.open(record, "rb") as file:
+            if file.read(len(key)) == key:
+                return
         self._remote.remove(self._part)
         with self._remote.open(record, "wb") as file:
             file.write(key)
@@ -16133,27 +16044,22 @@ class SftpUpload:
         """Apply the host's umask to all modes; it shows in the mode of a new directory."""
         probe = self._part + b"." + os.urandom(4).hex().encode()
         self._remote.sftp.mkdir(probe)
-        found = self._remote.look(probe)
+        mask = self._remote.sftp.stat(probe).st_mode
         self._remote.sftp.rmdir(probe)
-        mask = 0o700 if found is None else found.mode
-        self._tree.mode &= mask
-        for entry in self._tree.entries:
+        for entry in [self._tree.root, *self._tree.entries]:
             entry.mode &= mask
 
     def _send_all(self) -> None:
-        sftp, part = self._remote.sftp, self._part
-        if self._tree.is_folder and not self._remote.kind(part):
-            sftp.mkdir(part, 0o700)
-        for entry in self._tree.entries:
-            place = _join(part, entry.name)
+        for entry in self._tree.by_name.values():
+            place = _join(self._part, entry.name)
             if entry.kind == "d" and not self._remote.kind(place):
-                sftp.mkdir(place, 0o700)
+                self._remote.sftp.mkdir(place, 0o700)
             elif entry.kind == "l":
                 self._remote.remove(place)
-                sftp.symlink(entry.link, place)
+                self._remote.sftp.symlink(entry.link, place)
         for entry in self._tree.files:
             with about(entry):
-                self._send_file(entry, _join(part, entry.name))
+                self._send_file(entry, _join(self._part, entry.name))
 
     def _send_file(self, entry: FileEntry, place: bytes) -> None:
         start = 0
@@ -16169,11 +16075,10 @@ class SftpUpload:
         if start or not entry.size:
             self._transfer.moved(entry, start)
         found = self._remote.look(place)
-        if found is None or found.size != entry.size:
-            size = 0 if found is None else found.size
+        size = 0 if found is None else found.size
+        if size != entry.size:
             raise SSHError(f"{size} of {entry.size} bytes arrived")
-        verify = self._options.verify
-        if verify and self._remote.differs(entry, place, self._tree.place(entry)):
+        if self._options.verify and self._remote.differs(entry, place, self._tree.place(entry)):
             self._remote.remove(place)
             raise SSHError(DIFFERS)
 
@@ -16188,23 +16093,27 @@ class SftpUpload:
             self._unconfirmed = 0
 
     def _install(self) -> None:
+        """Move everything to the target, with the right modes and times."""
         remote, tree, part, target = self._remote, self._tree, self._part, self._target
         exists = bool(remote.kind(target))
-        if exists and tree.is_folder:
+        merges = exists and tree.is_folder
+        if merges:
             for entry in tree.entries:
                 self._check_place(entry, _join(target, entry.name))
-        for entry in tree.entries[::-1]:
-            if entry.kind == "f" or (entry.kind == "d" and not exists):
-                instead = _join(target, entry.name) if exists else b""
-                self._finish(entry, _join(part, entry.name), instead)
-        if tree.is_folder and exists:
-            for entry in tree.entries:
-                self._move(entry, _join(part, entry.name), _join(target, entry.name))
-            remote.remove(part)
+        for entry in reversed(tree.by_name.values()):
+            if entry.kind == "f" or (entry.kind == "d" and not merges):
+                self._set_mode(entry, exists)
+        if not merges:
+            remote.replace(part, target)
             return
-        if tree.is_folder:
-            self._finish(FileEntry(b"", 0, tree.mtime, tree.mode, "d"), part, b"")
-        remote.replace(part, target)
+        for entry in tree.entries:
+            place = _join(target, entry.name)
+            if entry.kind != "d":
+                remote.replace(_join(part, entry.name), place)
+            elif not remote.kind(place):
+                remote.sftp.mkdir(place, 0o700)
+                remote.sftp.chmod(place, entry.mode | 0o700)
+        remote.remove(part)
 
     def _check_place(self, entry: FileEntry, place: bytes) -> None:
         """Check what exists in the place of an entry, before any file is moved there."""
@@ -16216,21 +16125,15 @@ class SftpUpload:
         if kind and (kind == "d") != (entry.kind == "d"):
             raise SSHError(f"{os.fsdecode(place)} is {'' if kind == 'd' else 'not '}a directory")
 
-    def _finish(self, entry: FileEntry, place: bytes, instead: bytes) -> None:
+    def _set_mode(self, entry: FileEntry, exists: bool) -> None:
         """Set permissions (of the source, or of the file it replaces) and, with preserve, times."""
-        mode, found = entry.mode, self._remote.look(instead) if instead else None
-        if not self._options.preserve and found is not None:
-            mode = found.mode
-        self._remote.sftp.chmod(place, mode)
+        sftp, place = self._remote.sftp, _join(self._part, entry.name)
         if self._options.preserve:
-            self._remote.sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))
-
-    def _move(self, entry: FileEntry, place: bytes, target: bytes) -> None:
-        if entry.kind != "d":
-            self._remote.replace(place, target)
-        elif not self._remote.kind(target):
-            self._remote.sftp.mkdir(target, 0o700)
-            self._remote.sftp.chmod(target, entry.mode | 0o700)
+            sftp.chmod(place, entry.mode)
+            sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))
+            return
+        found = self._remote.look(_join(self._target, entry.name)) if exists else None
+        sftp.chmod(place, entry.mode if found is None else found.mode)
 
 
 # ==================================================================================================
@@ -16243,7 +16146,6 @@ class SftpUpload:
 DOWNLOAD_CONNECTIONS = 4
 DOWNLOAD_MANY = 256 * 1024 * 1024  # bytes; from here on, more connections are worth their logins
 ANY_SIZE = 2**62
-Ranges = list[tuple[FileEntry, int, int]]  # file, start, size
 MAX_TAR_EXTRA = 65536  # bytes of a name
 
 
@@ -16259,35 +16161,32 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
 def _download(transfer: Transfer, part: LocalPart) -> list[FileEntry]:
     """Download with the host's shell, or else over SFTP; return the files that were received."""
     try:
-        with Download(transfer, part) as receiver:
-            return _receive_all(transfer, part, receiver)
-    except NoShellError as error:
+        return _receive_all(transfer, part, Download(transfer, part))
+    except BaseException as error:
+        transfer.give_up()
+        if not isinstance(error, NoShellError):
+            raise
         logger.warning("the download uses SFTP, which is slower: %s", error)
-        transfer.restart()
-        with sftp_session(transfer) as remote:
-            return _receive_all(transfer, part, SftpDownload(transfer, part, remote))
+    transfer.restart()
+    with sftp_session(transfer) as remote:
+        return _receive_all(transfer, part, SftpDownload(transfer, part, remote))
 
 
 def _receive_all(
     transfer: Transfer, part: LocalPart, receiver: Download | SftpDownload
 ) -> list[FileEntry]:
-    found = receiver.look()
-    if isinstance(found, FileEntry):
-        files = begin_file(transfer, part, found, receiver.different)
-        if files:
-            receiver.receive(files, [])
-            part.install_file(found)
-        return files
-    links = begin_tree(transfer, part, found, receiver.different)
-    files = found.files
-    receiver.receive(files, links)
-    make_links(transfer, part, found, links)
-    part.install_tree(found.root, found.entries)
+    tree = receiver.look()
+    links = begin_download(transfer, part, tree, receiver.different)
+    files = tree.files
+    if tree.is_folder or files:
+        receiver.receive(files, links)
+        make_links(transfer, part, tree, links)
+        part.install(tree)
     return files
 
 
 class Download:
-    """Download with the host's shell; a context manager.
+    """Download with the host's shell.
 
     The script LOOK lists a directory, or sends a single file that is not large. Workers receive
     large files in ranges; small ones are received in a tar stream.
@@ -16297,36 +16196,28 @@ class Download:
         self._transfer = transfer
         self._options: Any = transfer.options
         self._part = part
-        self._ranges: deque[tuple[FileEntry, int, int]] = deque()
+        self._ranges: deque[FileRange] = deque()
         self._most_at_once = RANGE
         self._lock = threading.Lock()
         self._token = os.urandom(10).hex()
         self._look: Any = None
 
-    def __enter__(self) -> Download:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            self._transfer.stop()
-        elif self._look is not None:
-            self._look.finish()
-        self._transfer.join_workers()
-
-    def look(self) -> FileEntry | RemoteTree:
-        """Return the source: the entry of a file, or the tree of a directory."""
-        transfer = self._transfer
-        look = self._look = transfer.script(
-            transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
-        )
+    def look(self) -> RemoteTree:
+        """Return the source: a file or a directory."""
+        ssh, script = self._transfer.pool.ssh, self._look_script()
+        look = self._look = self._transfer.script(ssh, script, DATA_WINDOW, reads=False)
         first = look.line()
         if first.startswith(b"f "):
-            return parse_stat(first[2:])
+            tree = RemoteTree()
+            tree.add(parse_stat(first[2:]))
+            if tree.size > self._most:  # the script does not send it
+                look.finish()
+            return tree
         if first != b"d":
             raise look.refused(first)
         text = look.until(self._token.encode(), MAX_ANSWER)
         look.finish()
-        return parse_listing(text, MAX_FILES, self._options.excluded)
+        return parse_listing(text, MAX_FILES, self._options.excludes)
 
     def _look_script(self) -> bytes:
         options = self._options
@@ -16335,13 +16226,18 @@ class Download:
             most = min(most, options.max_bytes)
         in_ranges = self._part.done or options.verify or (options.streams or 1) > 1
         self._most = -1 if in_ranges or options.skip_unchanged else most
-        return script_text("look", LOOK, f=options.source, token=self._token, most=self._most)
+        return script_text(
+            "look", CHECK_TOOLS, LOOK, f=options.source, token=self._token, most=self._most
+        )
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         """Return those of the files whose content differs from that of their targets."""
-        return list(self._different([(e, 0, e.size) for e in files], self._part.target_of))
+        ranges = [(entry, 0, entry.size) for entry in files]
+        return list(self._different(ranges, lambda entry: self._part.target_of(entry.name)))
 
-    def _different(self, ranges: Ranges, place: Callable[[FileEntry], Any]) -> Iterator[FileEntry]:
+    def _different(
+        self, ranges: list[FileRange], place: Callable[[FileEntry], Any]
+    ) -> Iterator[FileEntry]:
         return self._transfer.different(ranges, place, path=self._options.source)
 
     def receive(self, files: list[FileEntry], links: list[FileEntry]) -> None:
@@ -16363,23 +16259,21 @@ class Download:
     def _receive_one(self, entry: FileEntry) -> None:
         look = self._look
         if entry.size > self._most:
-            look.finish()
-            self._get_ranges(self._missing(entry))
+            self._get_ranges([(entry, *found) for found in self._part.missing(entry)])
             return
         self._write(look, entry, 0, entry.size)
         check_unchanged(entry, parse_stat(look.line()))
         look.expect_end()
+        look.finish()
 
     def _receive_many(self, files: list[FileEntry], links: list[FileEntry]) -> list[FileEntry]:
         """Receive the files of a directory; return those that ``verify`` has to compare."""
         small: list[FileEntry] = []
-        ranges: Ranges = []
+        ranges: list[FileRange] = []
         for entry in files:
-            if self._part.is_done(entry):
-                continue
             # GNU tar reads a backslash in a name as an escape.
             if entry.size >= SMALL_FILE or b"\\" in entry.name or self._part.earlier(entry):
-                ranges += self._missing(entry)
+                ranges += [(entry, *found) for found in self._part.missing(entry)]
             else:
                 small.append(entry)
         self._get_ranges(ranges, lambda: self._get_small(small + links))
@@ -16394,10 +16288,7 @@ class Download:
             file.seek(start)
             try:
                 while at < start + length:
-                    piece = running.read(min(TRANSFER_PIECE, start + length - at))
-                    if not piece:
-                        left = start + length - at
-                        raise SSHError(f"{left} bytes are missing: {running.refused()}")
+                    piece = running.piece(start + length - at)
                     write_piece(file, piece)
                     if digest is not None:
                         digest.update(piece)
@@ -16414,18 +16305,14 @@ class Download:
 
     # --- ranges ---
 
-    def _missing(self, entry: FileEntry) -> Ranges:
-        """Return the ranges of a file that are missing; one for an empty file."""
-        missing = self._part.missing(entry) if entry.size else [(0, 0)]
-        return [(entry, start, size) for start, size in missing]
-
-    def _get_ranges(self, ranges: Ranges, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def _get_ranges(
+        self, ranges: list[FileRange], meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
         """Let workers receive the ranges; call ``meanwhile`` in this thread."""
         transfer, size = self._transfer, sum(length for _, _, length in ranges)
-        connections = self._options.streams
-        if connections is None:
-            connections = 1 if transfer.near or size < DOWNLOAD_MANY else DOWNLOAD_CONNECTIONS
+        connections = 1 if transfer.near or size < DOWNLOAD_MANY else DOWNLOAD_CONNECTIONS
         if self._options.streams is not None:
+            connections = self._options.streams
             self._most_at_once = min(RANGE, max(size // connections // BLOCK, 16) * BLOCK)
         self._ranges.extend(ranges)
         if transfer.takes_turns:  # these scripts end by themselves, so each needs a connection
@@ -16438,7 +16325,7 @@ class Download:
         transfer.finish_workers()
         self._work(transfer.pool.ssh)  # ranges for which no worker got a channel
 
-    def _take_range(self) -> tuple[FileEntry, int, int] | None:
+    def _take_range(self) -> FileRange | None:
         """Return the next range for a worker, or None."""
         with self._lock:
             if not self._ranges:
@@ -16466,7 +16353,8 @@ class Download:
         script = script_text("get", GET, f=place, k=start // BLOCK, s=length)
         with self._transfer.script(ssh, script, DATA_WINDOW, reads=False) as get:
             self._write(get, entry, start, length, digest)
-            _compare(get.line(), digest.hexdigest())
+            if get.line()[:64] != digest.hexdigest().encode():
+                raise SSHError("SHA-256 differs")
             check_unchanged(entry, parse_stat(get.line()))
             get.expect_end()
 
@@ -16489,8 +16377,7 @@ class Download:
 
     def _receive_tar(self, get: RemoteScript, wanted: dict[bytes, FileEntry]) -> None:
         received: dict[bytes, FileEntry] = {}
-        reader = TarReader(get, self._token.encode())
-        while (info := reader.next()) is not None:
+        for info in tar_members(get, self._token.encode()):
             name = os.fsencode(info.name).removeprefix(b"./")
             entry = wanted.pop(name, None)
             if entry is None:
@@ -16524,68 +16411,39 @@ class Download:
             raise SSHError(CHANGED)
 
 
-class TarReader:
-    """Read the members of consecutive tar archives, up to a block with a mark.
+def tar_members(running: RemoteScript, mark: bytes) -> Iterator[Any]:
+    """Yield the members of consecutive tar archives, up to a block with a mark.
 
-    Parameters:
-        running: the :class:`RemoteScript` that sends them.
+    The content of a member must be read before the next one is requested.
     """
+    import tarfile
 
-    def __init__(self, running: Any, mark: bytes) -> None:
-        self._running = running
-        self._mark = mark
-        self._padding = 0
-
-    def next(self) -> Any:
-        """Return the next member, or None at the mark."""
-        import tarfile
-
-        self._exactly(self._padding)
-        self._padding = 0
-        long: dict[bytes, bytes] = {}  # a name or a symlink's target that does not fit in a header
-        while True:
-            header = self._exactly(TAR_BLOCK)
-            if header.rstrip(b" \n") == self._mark:
-                return None
-            if not header.strip(b"\0"):
-                continue
-            try:
-                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-            except (tarfile.HeaderError, ValueError) as error:
-                raise SSHError("the host sends no valid tar archive") from error
-            if info.size < 0:
-                raise SSHError("the host sends a negative size")
-            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
-                if info.size > MAX_TAR_EXTRA:
-                    raise SSHError("the host sends a name that is too long")
-                extra = self._exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
-                if info.type == tarfile.XHDTYPE:  # records of a length, a keyword and a value
-                    long.update(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
-                else:
-                    is_name = info.type == tarfile.GNUTYPE_LONGNAME
-                    long[b"path" if is_name else b"linkpath"] = extra.rstrip(b"\0")
-                continue
-            info.name = os.fsdecode(long.get(b"path", b"")) or info.name
-            info.linkname = os.fsdecode(long.get(b"linkpath", b"")) or info.linkname
-            if not info.isreg():
-                info.size = 0
-            self._padding = -info.size % TAR_BLOCK
-            return info
-
-    def _exactly(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            piece = self._running.read(size - len(data))
-            if not piece:
-                left = size - len(data)
-                raise SSHError(f"{left} bytes are missing: {self._running.refused()}")
-            data += piece
-        return data
-
-
-def _compare(line: bytes, digest: str) -> None:
-    if line[:64] != digest.encode():
-        raise SSHError("SHA-256 differs" if len(line) >= 64 else "the host sent no SHA-256")
+    long: dict[bytes, bytes] = {}  # a name or a symlink's target that does not fit in a header
+    while (header := running.exactly(TAR_BLOCK)).rstrip(b" \n") != mark:
+        if not header.strip(b"\0"):
+            continue
+        try:
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except (tarfile.HeaderError, ValueError) as error:
+            raise SSHError("the host sends no valid tar archive") from error
+        if info.size < 0:
+            raise SSHError("the host sends a negative size")
+        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
+            if info.size > MAX_TAR_EXTRA:
+                raise SSHError("the host sends a name that is too long")
+            extra = running.exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
+            if info.type == tarfile.XHDTYPE:  # records of a length, a keyword and a value
+                long.update(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
+            else:
+                is_name = info.type == tarfile.GNUTYPE_LONGNAME
+                long[b"path" if is_name else b"linkpath"] = extra.rstrip(b"\0")
+            continue
+        info.name = os.fsdecode(long.pop(b"path", b"")) or info.name
+        info.linkname = os.fsdecode(long.pop(b"linkpath", b"")) or info.linkname
+        if not info.isreg():
+            info.size = 0
+        yield info
+        running.exactly(-info.size % TAR_BLOCK)
 
 
 # ==================================================================================================
@@ -16606,8 +16464,8 @@ MODE_LINES = 500  # files whose modes the host sets within the timeout
 def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) -> TransferResult:
     """Upload; see ``CloreClient.upload``."""
     options, tree = checked
-    name = os.path.basename(os.path.abspath(tree.path))
-    transfer = Transfer(pool, options, os.fsdecode(name) or "/", "upload")
+    name = os.fsdecode(os.path.basename(tree.whole)) or "/"
+    transfer = Transfer(pool, options, name, "upload")
     transfer.total = tree.size
     for left_out, why in tree.left_out:
         transfer.leave_out(left_out, why)
@@ -16616,19 +16474,17 @@ def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) 
     return transfer.result(path, tree.files)
 
 
-def _upload(transfer: Transfer, tree: LocalTree) -> bytes:
+def _upload(transfer: Transfer, tree: LocalTree, careful: bool = False) -> bytes:
     """Upload with the host's shell, or else over SFTP; return the path on the host."""
-    careful = False
-    while True:
-        try:
-            return _compare_and_send(transfer, tree, Upload(transfer, tree, careful))
-        except (NoShellError, NoChannelError) as error:
-            transfer.restart()
-            if careful or isinstance(error, NoShellError):
-                logger.warning("the upload uses SFTP, which is slower: %s", error)
-                with sftp_session(transfer) as remote:
-                    return _compare_and_send(transfer, tree, SftpUpload(transfer, tree, remote))
-            careful = True
+    try:
+        return _compare_and_send(transfer, tree, Upload(transfer, tree, careful))
+    except (NoShellError, NoChannelError) as error:
+        transfer.restart()
+        if not careful and isinstance(error, NoChannelError):
+            return _upload(transfer, tree, careful=True)
+        logger.warning("the upload uses SFTP, which is slower: %s", error)
+        with sftp_session(transfer) as remote:
+            return _compare_and_send(transfer, tree, SftpUpload(transfer, tree, remote))
 
 
 def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | SftpUpload) -> bytes:
@@ -16640,10 +16496,8 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
     by_name = there.by_name
     deletes: list[bytes] = []
     if options.delete is not False:
-        transfer.deletes = deletes = _extra_names(tree, by_name, options)
-    same = same_files(tree.files, options, lambda e: by_name.get(e.name), sender.different)
-    tree.drop_files(same)
-    transfer.unchanged = len(same)
+        transfer.deletes = deletes = _extra_names(tree, there, options.delete)
+    transfer.leave_unchanged(tree, by_name.get, sender.different)
     transfer.total = tree.size
     if options.preview or not (tree.is_folder or tree.files):
         return path
@@ -16653,27 +16507,22 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
     return path
 
 
-def _extra_names(tree: LocalTree, there: dict[bytes, FileEntry], options: Any) -> list[bytes]:
-    """Return the names that only the target has, deepest first.
+def _extra_names(
+    tree: LocalTree, there: RemoteTree, delete: Literal[True] | frozenset[bytes]
+) -> list[bytes]:
+    """Return the names that only the target has, deepest first: those in ``delete``, or all.
 
     Names that match ``exclude``, or that the upload left out, are not returned.
     """
-    here = {entry.name for entry in tree.entries}
     left_out = {name for name, _ in tree.left_out}
-    excludes = options.excluded or (lambda *_: False)
-    kept: set[bytes] = {b""}
-    for name, entry in there.items():
+    stay = {b"", *there.excluded, *left_out, *(entry.name for entry in tree.entries)}
+    kept: set[bytes] = set()
+    for name in [*there.by_name, *there.excluded]:
         parts = name.split(b"/")
         above = [b"/".join(parts[:n]) for n in range(1, len(parts))]
-        if (
-            name in here
-            or not left_out.isdisjoint([*above, name])
-            or excludes(name, entry.kind == "d")
-            or any(excludes(folder, True) for folder in above)
-        ):
+        if name in stay or not left_out.isdisjoint(above):
             kept.update(above, [name])
-    listed = None if options.delete is True else options.delete
-    names = [n for n in there if n not in kept and (listed is None or n in listed)]
+    names = [n for n in there.by_name if n not in kept and (delete is True or n in delete)]
     return sorted(names, reverse=True)
 
 
@@ -16687,21 +16536,18 @@ class Upload:
         careful: start the workers after CONTROL, which needs a channel first.
     """
 
-    def __init__(self, transfer: Transfer, tree: LocalTree, careful: bool = False) -> None:
+    def __init__(self, transfer: Transfer, tree: LocalTree, careful: bool) -> None:
+        options = self._options = transfer.options
         self._transfer = transfer
-        self._careful = careful or tree.is_folder or transfer.options.resume or transfer.takes_turns
-        self._options: Any = transfer.options
-        options = self._options
+        self._careful = careful or tree.is_folder or options.resume or transfer.takes_turns
         self._tree = tree
-        whole = os.path.abspath(tree.path)
-        kind = "d" if tree.is_folder else "f"
-        content = is_content(options.local)
-        token = part_token(options.resume, kind, content, whole, options.remote)
+        kind, content = tree.root.kind, options.content
+        token = part_token(options.resume, kind, content, tree.whole, options.remote)
         self._token = token.encode()
         self._values: dict[str, Any] = {
             "f": options.source,
             "content": int(content),
-            "name": os.path.basename(whole) or b".",
+            "name": os.path.basename(tree.whole) or b".",
             "kind": kind,
             "token": token,
             "keep": int(options.resume),
@@ -16710,33 +16556,30 @@ class Upload:
         self._control: RemoteScript | None = None
         self._lock = threading.Lock()
 
-    def _script(self, verb: str, body: str, **values: Any) -> RemoteScript:
-        text = script_text(verb, body, look=1, **self._values, **values)
+    def _script(self, verb: str, *parts: str, **values: Any) -> RemoteScript:
+        text = script_text(verb, *parts, **self._values, **values)
         return self._transfer.script(self._transfer.pool.ssh, text)
 
     def listing(self) -> tuple[bytes, RemoteTree]:
         """Return the path of the target, and its entries."""
-        with self._script("look", LIST_TARGET) as script:
+        with self._script("look", CHECK_TOOLS, TARGET, LIST_TARGET) as script:
             path = script.answer(b"target")
-            return path, parse_listing(script.until(self._token, MAX_ANSWER), MAX_FILES)
+            listed = script.until(self._token, MAX_ANSWER)
+            return path, parse_listing(listed, MAX_FILES, self._options.excludes)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         """Return those of the files whose content differs on the host."""
         ranges = [(entry, 0, entry.size) for entry in files]
         return list(self._different(ranges, "path=$f\n"))
 
-    def _different(
-        self, ranges: Iterable[tuple[FileEntry, int, int]], setup: str
-    ) -> Iterator[FileEntry]:
-        return self._transfer.different(
-            ranges, self._tree.place, TARGET + setup, look=1, **self._values
-        )
+    def _different(self, ranges: Iterable[FileRange], setup: str) -> Iterator[FileEntry]:
+        return self._transfer.different(ranges, self._tree.place, TARGET + setup, **self._values)
 
     def remove(self, files: list[bytes], folders: list[bytes]) -> None:
         """Remove files, and directories if they are empty, in this order."""
         for what, names in (("f", files), ("d", folders)):
             if names:
-                with self._script("remove", REMOVE, what=what) as script:
+                with self._script("remove", TARGET, REMOVE, what=what) as script:
                     script.send_names(names)
                     script.answer(b"removed")
 
@@ -16748,13 +16591,9 @@ class Upload:
             if not self._careful:
                 self._plan(set())
                 self._start()
-            control = self._control = transfer.script(
-                transfer.pool.ssh, self._control_script(), patient=self._careful
-            )
-            umask, done = self._ready(control)
-            if self._careful:
-                self._prepare(control, umask, done)
-                self._start()
+            script, patient = self._control_script(), self._careful
+            control = self._control = transfer.script(transfer.pool.ssh, script, patient=patient)
+            self._begin(control)
             transfer.finish_workers()
             self._check_sent(control)
             if self._tree.is_folder:
@@ -16765,54 +16604,34 @@ class Upload:
             control.finish()
             return path
         except BaseException:
-            transfer.stop(but=self._control)
-            transfer.join_workers()
-            self._tidy()
+            transfer.give_up(self._control)
             raise
-        finally:
-            transfer.join_workers()
-            if self._control is not None:
-                self._control.close()
 
     def _control_script(self) -> bytes:
-        tree = self._tree
-        size = 0 if tree.is_folder else tree.files[0].size
+        root = self._tree.root
         return script_text(
-            "upload", CONTROL, **self._values, look=0, preserve=int(self._options.preserve),
-            size=size, mode=f"{tree.mode:o}", time=touch_time(tree.mtime),
-            owner=os.urandom(8).hex(),
+            "upload", CHECK_TOOLS, TARGET, CONTROL, **self._values,
+            preserve=int(self._options.preserve), size=root.size, mode=f"{root.mode:o}",
+            time=touch_time(root.mtime), owner=os.urandom(8).hex(),
         )  # fmt: skip
 
-    def _tidy(self) -> None:
-        """Let the host remove the received data, and wait until it has done so."""
-        if self._control is None:
-            return
-        self._control.end()
-        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
-        try:
-            with self._transfer.watchdog.limit(LAST_PATIENCE, self._control.close):
-                self._control.rest(MAX_LINE)
-        except failures as error:
-            if not self._options.resume:
-                logger.warning("a temporary file may stay on the host: %s", error)
-
-    def _ready(self, control: RemoteScript) -> tuple[int, set[str]]:
-        """Wait for the host; return its umask, and the keys of what an earlier upload sent."""
+    def _begin(self, control: RemoteScript) -> None:
+        """Wait for the host; plan what an earlier upload has left, and start the workers."""
         umask = control.answer(b"ready")
         if not re.fullmatch(rb"[0-7]{1,5}", umask):
             raise control.refused(b"ready " + umask)
-        lines = control.until(self._token, MAX_ANSWER)
-        return int(umask, 8), set(lines.decode("ascii", "replace").split())
-
-    def _prepare(self, control: RemoteScript, umask: int, done: set[str]) -> None:
-        if not self._options.preserve and self._tree.is_folder:
+        done = set(control.until(self._token, MAX_ANSWER).decode("ascii", "replace").split())
+        if not self._careful:
+            return
+        if not self._options.preserve:
             for entry in self._tree.entries:
-                entry.mode &= ~umask
+                entry.mode &= ~int(umask, 8)
         self._plan(done)
         if len(self._earlier) < len(done):  # the source has changed
             control.send(b"restart\nsync\n")
             control.answer(self._token)
             self._plan(set())
+        self._start()
 
     def _plan(self, done: set[str]) -> None:
         self._portions = plan_portions(self._tree, self._options.resume)
@@ -16825,7 +16644,7 @@ class Upload:
         channels = RESUMABLE_CHANNELS if options.resume else UPLOAD_CHANNELS
         if transfer.near:
             channels = 1
-        connections = upload_connections(options, self._tree)
+        connections = transfer.pool.size
         if (transfer.near and options.streams is None) or options.resume:
             connections = 1
         self._workers = min(len(self._left), connections * channels)
@@ -16838,7 +16657,7 @@ class Upload:
         how, hashes = "op" if self._options.preserve else "opm", int(self._hashes)
         # Two dd that write holes into one file can shorten it.
         conv = "notrunc,sparse" if self._workers == 1 else "notrunc"
-        script = script_text("put", PUT, **self._values, look=0, how=how, hash=hashes, conv=conv)
+        script = script_text("put", TARGET, PUT, **self._values, how=how, hash=hashes, conv=conv)
         with self._transfer.script(ssh, script) as put:
             sent: list[tuple[Portion, bytes]] = []  # with digests, not confirmed yet
             while (portion := self._take()) is not None:
@@ -16911,9 +16730,8 @@ class Upload:
         """Compare what an earlier upload sent, and with ``verify`` all small files."""
         if self._left:
             raise NoChannelError("the host opened no further channel")
-        if not self._tree.is_folder and self._tree.files and not self._tree.files[0].size:
-            self._transfer.count(self._tree.files[0], 0)
-        earlier = list(_ranges(self._earlier))
+        if not self._tree.is_folder and not self._tree.root.size:
+            self._transfer.count(self._tree.root, 0)
         compared = self._earlier
         if self._options.verify:
             compared = [portion for portion in compared if portion.start is not None]
@@ -16922,7 +16740,7 @@ class Upload:
             with about(entry):
                 control.send(b"wipe\n")
                 raise SSHError(DIFFERS)
-        for entry, _, size in earlier:
+        for entry, _, size in _ranges(self._earlier):
             self._transfer.count(entry, size)
 
     def _check_tree(self, control: RemoteScript) -> None:
@@ -16952,8 +16770,8 @@ class Upload:
                 control.answer(self._token)
 
 
-def _ranges(portions: list[Portion]) -> Iterator[tuple[FileEntry, int, int]]:
-    """Yield the ranges (file, start, size) of portions."""
+def _ranges(portions: list[Portion]) -> Iterator[FileRange]:
+    """Yield the ranges of portions."""
     for portion in portions:
         for entry in portion.entries:
             if portion.start is not None:

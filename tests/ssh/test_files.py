@@ -308,7 +308,7 @@ def test_patterns_that_can_not_be_right(client: CloreClient, here: Path, value: 
 
 def test_without_pathspec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pathspec", None)
-    assert excluder([]) is None
+    assert not excluder([])(b"a", False)
     with pytest.raises(ImportError, match="pip install pathspec"):
         excluder(["*.pyc"])
     monkeypatch.undo()

@@ -31,13 +31,13 @@ from clore_client.ssh.transfer.entry import (
 )
 from clore_client.ssh.transfer.local_part import (
     LocalPart,
-    begin_file,
-    begin_tree,
+    begin_download,
     make_links,
     write_piece,
 )
 from clore_client.ssh.transfer.remote_script import DATA_WINDOW, NoShellError, RemoteScript
 from clore_client.ssh.transfer.scripts import (
+    CHECK_TOOLS,
     DIFFERS,
     GET,
     GET_TREE,
@@ -46,13 +46,12 @@ from clore_client.ssh.transfer.scripts import (
     script_text,
 )
 from clore_client.ssh.transfer.sftp import SftpDownload, sftp_session
-from clore_client.ssh.transfer.transfer import RANGE, DownloadOptions, Transfer
+from clore_client.ssh.transfer.transfer import RANGE, DownloadOptions, FileRange, Transfer
 from clore_client.ssh.transport import NoChannelError
 
 DOWNLOAD_CONNECTIONS = 4
 DOWNLOAD_MANY = 256 * 1024 * 1024  # bytes; from here on, more connections are worth their logins
 ANY_SIZE = 2**62
-Ranges = list[tuple[FileEntry, int, int]]  # file, start, size
 MAX_TAR_EXTRA = 65536  # bytes of a name
 
 
@@ -68,35 +67,32 @@ def download_path(pool: ConnectionPool, options: DownloadOptions) -> TransferRes
 def _download(transfer: Transfer, part: LocalPart) -> list[FileEntry]:
     """Download with the host's shell, or else over SFTP; return the files that were received."""
     try:
-        with Download(transfer, part) as receiver:
-            return _receive_all(transfer, part, receiver)
-    except NoShellError as error:
+        return _receive_all(transfer, part, Download(transfer, part))
+    except BaseException as error:
+        transfer.give_up()
+        if not isinstance(error, NoShellError):
+            raise
         logger.warning("the download uses SFTP, which is slower: %s", error)
-        transfer.restart()
-        with sftp_session(transfer) as remote:
-            return _receive_all(transfer, part, SftpDownload(transfer, part, remote))
+    transfer.restart()
+    with sftp_session(transfer) as remote:
+        return _receive_all(transfer, part, SftpDownload(transfer, part, remote))
 
 
 def _receive_all(
     transfer: Transfer, part: LocalPart, receiver: Download | SftpDownload
 ) -> list[FileEntry]:
-    found = receiver.look()
-    if isinstance(found, FileEntry):
-        files = begin_file(transfer, part, found, receiver.different)
-        if files:
-            receiver.receive(files, [])
-            part.install_file(found)
-        return files
-    links = begin_tree(transfer, part, found, receiver.different)
-    files = found.files
-    receiver.receive(files, links)
-    make_links(transfer, part, found, links)
-    part.install_tree(found.root, found.entries)
+    tree = receiver.look()
+    links = begin_download(transfer, part, tree, receiver.different)
+    files = tree.files
+    if tree.is_folder or files:
+        receiver.receive(files, links)
+        make_links(transfer, part, tree, links)
+        part.install(tree)
     return files
 
 
 class Download:
-    """Download with the host's shell; a context manager.
+    """Download with the host's shell.
 
     The script LOOK lists a directory, or sends a single file that is not large. Workers receive
     large files in ranges; small ones are received in a tar stream.
@@ -106,36 +102,28 @@ class Download:
         self._transfer = transfer
         self._options: Any = transfer.options
         self._part = part
-        self._ranges: deque[tuple[FileEntry, int, int]] = deque()
+        self._ranges: deque[FileRange] = deque()
         self._most_at_once = RANGE
         self._lock = threading.Lock()
         self._token = os.urandom(10).hex()
         self._look: Any = None
 
-    def __enter__(self) -> Download:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            self._transfer.stop()
-        elif self._look is not None:
-            self._look.finish()
-        self._transfer.join_workers()
-
-    def look(self) -> FileEntry | RemoteTree:
-        """Return the source: the entry of a file, or the tree of a directory."""
-        transfer = self._transfer
-        look = self._look = transfer.script(
-            transfer.pool.ssh, self._look_script(), DATA_WINDOW, reads=False
-        )
+    def look(self) -> RemoteTree:
+        """Return the source: a file or a directory."""
+        ssh, script = self._transfer.pool.ssh, self._look_script()
+        look = self._look = self._transfer.script(ssh, script, DATA_WINDOW, reads=False)
         first = look.line()
         if first.startswith(b"f "):
-            return parse_stat(first[2:])
+            tree = RemoteTree()
+            tree.add(parse_stat(first[2:]))
+            if tree.size > self._most:  # the script does not send it
+                look.finish()
+            return tree
         if first != b"d":
             raise look.refused(first)
         text = look.until(self._token.encode(), MAX_ANSWER)
         look.finish()
-        return parse_listing(text, MAX_FILES, self._options.excluded)
+        return parse_listing(text, MAX_FILES, self._options.excludes)
 
     def _look_script(self) -> bytes:
         options = self._options
@@ -144,13 +132,18 @@ class Download:
             most = min(most, options.max_bytes)
         in_ranges = self._part.done or options.verify or (options.streams or 1) > 1
         self._most = -1 if in_ranges or options.skip_unchanged else most
-        return script_text("look", LOOK, f=options.source, token=self._token, most=self._most)
+        return script_text(
+            "look", CHECK_TOOLS, LOOK, f=options.source, token=self._token, most=self._most
+        )
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         """Return those of the files whose content differs from that of their targets."""
-        return list(self._different([(e, 0, e.size) for e in files], self._part.target_of))
+        ranges = [(entry, 0, entry.size) for entry in files]
+        return list(self._different(ranges, lambda entry: self._part.target_of(entry.name)))
 
-    def _different(self, ranges: Ranges, place: Callable[[FileEntry], Any]) -> Iterator[FileEntry]:
+    def _different(
+        self, ranges: list[FileRange], place: Callable[[FileEntry], Any]
+    ) -> Iterator[FileEntry]:
         return self._transfer.different(ranges, place, path=self._options.source)
 
     def receive(self, files: list[FileEntry], links: list[FileEntry]) -> None:
@@ -172,23 +165,21 @@ class Download:
     def _receive_one(self, entry: FileEntry) -> None:
         look = self._look
         if entry.size > self._most:
-            look.finish()
-            self._get_ranges(self._missing(entry))
+            self._get_ranges([(entry, *found) for found in self._part.missing(entry)])
             return
         self._write(look, entry, 0, entry.size)
         check_unchanged(entry, parse_stat(look.line()))
         look.expect_end()
+        look.finish()
 
     def _receive_many(self, files: list[FileEntry], links: list[FileEntry]) -> list[FileEntry]:
         """Receive the files of a directory; return those that ``verify`` has to compare."""
         small: list[FileEntry] = []
-        ranges: Ranges = []
+        ranges: list[FileRange] = []
         for entry in files:
-            if self._part.is_done(entry):
-                continue
             # GNU tar reads a backslash in a name as an escape.
             if entry.size >= SMALL_FILE or b"\\" in entry.name or self._part.earlier(entry):
-                ranges += self._missing(entry)
+                ranges += [(entry, *found) for found in self._part.missing(entry)]
             else:
                 small.append(entry)
         self._get_ranges(ranges, lambda: self._get_small(small + links))
@@ -203,10 +194,7 @@ class Download:
             file.seek(start)
             try:
                 while at < start + length:
-                    piece = running.read(min(TRANSFER_PIECE, start + length - at))
-                    if not piece:
-                        left = start + length - at
-                        raise SSHError(f"{left} bytes are missing: {running.refused()}")
+                    piece = running.piece(start + length - at)
                     write_piece(file, piece)
                     if digest is not None:
                         digest.update(piece)
@@ -223,18 +211,14 @@ class Download:
 
     # --- ranges ---
 
-    def _missing(self, entry: FileEntry) -> Ranges:
-        """Return the ranges of a file that are missing; one for an empty file."""
-        missing = self._part.missing(entry) if entry.size else [(0, 0)]
-        return [(entry, start, size) for start, size in missing]
-
-    def _get_ranges(self, ranges: Ranges, meanwhile: Callable[[], None] = lambda: None) -> None:
+    def _get_ranges(
+        self, ranges: list[FileRange], meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
         """Let workers receive the ranges; call ``meanwhile`` in this thread."""
         transfer, size = self._transfer, sum(length for _, _, length in ranges)
-        connections = self._options.streams
-        if connections is None:
-            connections = 1 if transfer.near or size < DOWNLOAD_MANY else DOWNLOAD_CONNECTIONS
+        connections = 1 if transfer.near or size < DOWNLOAD_MANY else DOWNLOAD_CONNECTIONS
         if self._options.streams is not None:
+            connections = self._options.streams
             self._most_at_once = min(RANGE, max(size // connections // BLOCK, 16) * BLOCK)
         self._ranges.extend(ranges)
         if transfer.takes_turns:  # these scripts end by themselves, so each needs a connection
@@ -247,7 +231,7 @@ class Download:
         transfer.finish_workers()
         self._work(transfer.pool.ssh)  # ranges for which no worker got a channel
 
-    def _take_range(self) -> tuple[FileEntry, int, int] | None:
+    def _take_range(self) -> FileRange | None:
         """Return the next range for a worker, or None."""
         with self._lock:
             if not self._ranges:
@@ -275,7 +259,8 @@ class Download:
         script = script_text("get", GET, f=place, k=start // BLOCK, s=length)
         with self._transfer.script(ssh, script, DATA_WINDOW, reads=False) as get:
             self._write(get, entry, start, length, digest)
-            _compare(get.line(), digest.hexdigest())
+            if get.line()[:64] != digest.hexdigest().encode():
+                raise SSHError("SHA-256 differs")
             check_unchanged(entry, parse_stat(get.line()))
             get.expect_end()
 
@@ -298,8 +283,7 @@ class Download:
 
     def _receive_tar(self, get: RemoteScript, wanted: dict[bytes, FileEntry]) -> None:
         received: dict[bytes, FileEntry] = {}
-        reader = TarReader(get, self._token.encode())
-        while (info := reader.next()) is not None:
+        for info in tar_members(get, self._token.encode()):
             name = os.fsencode(info.name).removeprefix(b"./")
             entry = wanted.pop(name, None)
             if entry is None:
@@ -333,65 +317,36 @@ class Download:
             raise SSHError(CHANGED)
 
 
-class TarReader:
-    """Read the members of consecutive tar archives, up to a block with a mark.
+def tar_members(running: RemoteScript, mark: bytes) -> Iterator[Any]:
+    """Yield the members of consecutive tar archives, up to a block with a mark.
 
-    Parameters:
-        running: the :class:`RemoteScript` that sends them.
+    The content of a member must be read before the next one is requested.
     """
+    import tarfile
 
-    def __init__(self, running: Any, mark: bytes) -> None:
-        self._running = running
-        self._mark = mark
-        self._padding = 0
-
-    def next(self) -> Any:
-        """Return the next member, or None at the mark."""
-        import tarfile
-
-        self._exactly(self._padding)
-        self._padding = 0
-        long: dict[bytes, bytes] = {}  # a name or a symlink's target that does not fit in a header
-        while True:
-            header = self._exactly(TAR_BLOCK)
-            if header.rstrip(b" \n") == self._mark:
-                return None
-            if not header.strip(b"\0"):
-                continue
-            try:
-                info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-            except (tarfile.HeaderError, ValueError) as error:
-                raise SSHError("the host sends no valid tar archive") from error
-            if info.size < 0:
-                raise SSHError("the host sends a negative size")
-            if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
-                if info.size > MAX_TAR_EXTRA:
-                    raise SSHError("the host sends a name that is too long")
-                extra = self._exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
-                if info.type == tarfile.XHDTYPE:  # records of a length, a keyword and a value
-                    long.update(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
-                else:
-                    is_name = info.type == tarfile.GNUTYPE_LONGNAME
-                    long[b"path" if is_name else b"linkpath"] = extra.rstrip(b"\0")
-                continue
-            info.name = os.fsdecode(long.get(b"path", b"")) or info.name
-            info.linkname = os.fsdecode(long.get(b"linkpath", b"")) or info.linkname
-            if not info.isreg():
-                info.size = 0
-            self._padding = -info.size % TAR_BLOCK
-            return info
-
-    def _exactly(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            piece = self._running.read(size - len(data))
-            if not piece:
-                left = size - len(data)
-                raise SSHError(f"{left} bytes are missing: {self._running.refused()}")
-            data += piece
-        return data
-
-
-def _compare(line: bytes, digest: str) -> None:
-    if line[:64] != digest.encode():
-        raise SSHError("SHA-256 differs" if len(line) >= 64 else "the host sent no SHA-256")
+    long: dict[bytes, bytes] = {}  # a name or a symlink's target that does not fit in a header
+    while (header := running.exactly(TAR_BLOCK)).rstrip(b" \n") != mark:
+        if not header.strip(b"\0"):
+            continue
+        try:
+            info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except (tarfile.HeaderError, ValueError) as error:
+            raise SSHError("the host sends no valid tar archive") from error
+        if info.size < 0:
+            raise SSHError("the host sends a negative size")
+        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE):
+            if info.size > MAX_TAR_EXTRA:
+                raise SSHError("the host sends a name that is too long")
+            extra = running.exactly(info.size + -info.size % TAR_BLOCK)[: info.size]
+            if info.type == tarfile.XHDTYPE:  # records of a length, a keyword and a value
+                long.update(re.findall(rb"\d+ (path|linkpath)=(.*)\n", extra))
+            else:
+                is_name = info.type == tarfile.GNUTYPE_LONGNAME
+                long[b"path" if is_name else b"linkpath"] = extra.rstrip(b"\0")
+            continue
+        info.name = os.fsdecode(long.pop(b"path", b"")) or info.name
+        info.linkname = os.fsdecode(long.pop(b"linkpath", b"")) or info.linkname
+        if not info.isreg():
+            info.size = 0
+        yield info
+        running.exactly(-info.size % TAR_BLOCK)

@@ -8,12 +8,12 @@ import importlib
 import os
 import re
 import stat
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
 from clore_client.errors import SSHError, printable
-from clore_client.validation import check_string, short_repr
+from clore_client.validation import check_list, check_string
 
 BLOCK = 65536  # bytes; chunks begin at multiples of it
 TRANSFER_PIECE = 256 * 1024  # bytes to read or write at a time
@@ -43,15 +43,13 @@ class FileEntry:
 
     __slots__ = ("kind", "link", "mode", "mtime", "name", "size")
 
-    def __init__(
-        self, name: bytes, size: int, mtime: int, mode: int, kind: str = "f", link: bytes = b""
-    ) -> None:
+    def __init__(self, name: bytes, size: int, mtime: int, mode: int, kind: str) -> None:
         self.name = name
         self.size = size if kind == "f" else 0
         self.mtime = mtime
         self.mode = mode
         self.kind = kind
-        self.link = link
+        self.link = b""
 
     @property
     def version(self) -> tuple[bytes, int, int]:
@@ -112,33 +110,32 @@ def whole_seconds(mtime: int) -> int:
     return min(max(mtime // 10**9, 0), LAST_TIME)
 
 
-def nanoseconds(seconds: int) -> int:
-    """Convert a time of a host to nanoseconds, limited to what file systems know."""
-    return min(max(seconds, 0), LAST_TIME) * 10**9
+def remote_entry(name: bytes, mode: int, size: int, seconds: int) -> FileEntry:
+    """Make an entry from the numbers of a host; limit the time to what file systems know."""
+    mtime = min(max(seconds, 0), LAST_TIME) * 10**9
+    return FileEntry(name, size, mtime, mode & 0o777, kind_of(mode))
 
 
-def entry_of(name: bytes, mode: int, size: int, seconds: int) -> FileEntry:
-    """Make an entry from the numbers that ``stat`` gives."""
-    return FileEntry(name, size, nanoseconds(seconds), mode & 0o777, kind_of(mode))
+def local_entry(name: bytes, status: os.stat_result) -> FileEntry:
+    """Make an entry from the status of a local file."""
+    kind, mode = kind_of(status.st_mode), status.st_mode & 0o777
+    return FileEntry(name, status.st_size, status.st_mtime_ns, mode, kind)
 
 
 def parse_stat(line: bytes) -> FileEntry:
     """Read size, seconds and permissions of a file."""
-    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,5})", line)
+    found = re.fullmatch(rb"([0-9]{1,18}) (-?[0-9]{1,18}) ([0-7]{1,4})", line)
     if found is None:
         raise SSHError("the host sent a file status that can't be read")
     size, seconds, mode = found.groups()
-    return FileEntry(b"", int(size), nanoseconds(int(seconds)), int(mode, 8) & 0o777)
+    return remote_entry(b"", stat.S_IFREG | int(mode, 8), int(size), int(seconds))
 
 
 def check_unchanged(entry: FileEntry, now: FileEntry | None) -> None:
     """Check that a file is the same as before, or has only grown; its start is then valid."""
-    same_or_longer = (
-        now is not None
-        and now.kind == "f"
-        and (now.size > entry.size or (now.size, now.mtime) == (entry.size, entry.mtime))
-    )
-    if not same_or_longer:
+    if now is not None and now.size > entry.size:  # only a file has a size
+        return
+    if now is None or (now.kind, now.size, now.mtime) != ("f", entry.size, entry.mtime):
         raise SSHError(CHANGED)
 
 
@@ -165,10 +162,25 @@ def about(entry: FileEntry) -> Iterator[None]:
 
 
 class Tree:
-    """The files, directories and symlinks of a transfer; each directory precedes its content."""
+    """The files, directories and symlinks of a transfer; each directory precedes its content.
+
+    Attributes:
+        root: the directory or the single file itself.
+        entries: what is in the directory; or only the file.
+    """
 
     def __init__(self) -> None:
+        self.root = FileEntry(b"", 0, 0, 0o755, "d")
         self.entries: list[FileEntry] = []
+
+    @property
+    def is_folder(self) -> bool:
+        return self.root.kind == "d"
+
+    @property
+    def by_name(self) -> dict[bytes, FileEntry]:
+        """All entries, after the root under the empty name."""
+        return {entry.name: entry for entry in [self.root, *self.entries]}
 
     @property
     def files(self) -> list[FileEntry]:
@@ -179,54 +191,42 @@ class Tree:
         """The bytes of all files."""
         return sum(entry.size for entry in self.files)
 
-    def drop_files(self, files: list[FileEntry]) -> None:
-        """Remove files that need not be transferred."""
-        names = {entry.name for entry in files}
-        self.entries = [e for e in self.entries if e.kind != "f" or e.name not in names]
+
+def excludes_nothing(name: bytes, folder: bool) -> bool:
+    return False
 
 
 class RemoteTree(Tree):
-    """Check and hold the entries of a directory on a host.
+    """Check and hold a file on a host, or the entries of a directory.
 
     Attributes:
-        root: the directory itself.
-        special: the entries that are neither a file nor a directory nor a symlink.
+        excluded: the names that are left out, and those below them.
     """
 
-    def __init__(self, excludes: Excludes | None = None) -> None:
+    def __init__(self, excludes: Excludes = excludes_nothing) -> None:
         super().__init__()
-        self.special: list[FileEntry] = []
-        self.root = FileEntry(b"", 0, 0, 0o755, "d")
-        self._excludes = excludes or (lambda *_: False)
-        self._folders = {b""}
-        self._names: set[bytes] = set()
-        self._excluded: set[bytes] = set()
-
-    @property
-    def by_name(self) -> dict[bytes, FileEntry]:
-        """All entries, and the root under the empty name."""
-        return {entry.name: entry for entry in [self.root, *self.entries, *self.special]}
+        self.excluded: set[bytes] = set()
+        self._excludes = excludes
+        self._kinds: dict[bytes, str] = {}
 
     def add(self, entry: FileEntry) -> None:
         """Check an entry of a listing, and add it unless it or its directory is excluded."""
-        name = entry.name
+        name, kind = entry.name, entry.kind
+        folder = name.rpartition(b"/")[0]
+        if name:
+            checked_name(name)
+        if name in self._kinds or (name and self._kinds.get(folder) != "d"):
+            raise SSHError(f"the host lists {printable(repr(name), 120)} in a wrong place")
+        self._kinds[name] = kind
         if not name:
             self.root = entry
-            return
-        checked_name(name)
-        if name in self._names or name.rpartition(b"/")[0] not in self._folders:
-            raise SSHError(f"the host lists {printable(repr(name), 120)} in a wrong place")
-        self._names.add(name)
-        is_folder = entry.kind == "d"
-        if is_folder:
-            self._folders.add(name)
-        if name.rpartition(b"/")[0] in self._excluded or self._excludes(name, is_folder):
-            self._excluded.add(name)
-        else:
-            (self.special if entry.kind == "other" else self.entries).append(entry)
+        if folder in self.excluded or (name and self._excludes(name, kind == "d")):
+            self.excluded.add(name)
+        elif name or kind == "f":
+            self.entries.append(entry)
 
 
-def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> RemoteTree:
+def parse_listing(text: bytes, most: int, excludes: Excludes = excludes_nothing) -> RemoteTree:
     """Read the output of the shell function ``list``, of at most so many entries."""
     # A name may contain a line end, so an entry begins only at a mode, a size, a time and "./".
     pattern = rb"([0-9a-f]{1,8}) ([0-9]{1,18}) (-?[0-9]{1,19}) (\.(?:/.*?)?)\n"
@@ -242,18 +242,17 @@ def parse_listing(text: bytes, most: int, excludes: Excludes | None = None) -> R
         if count > most:
             raise SSHError(f"the host lists more than {most} files")
         mode, size, seconds, name = found.groups()
-        tree.add(entry_of(name[2:], int(mode, 16), int(size), int(seconds)))
+        tree.add(remote_entry(name[2:], int(mode, 16), int(size), int(seconds)))
         at = found.end()
     return tree
 
 
-def excluder(patterns: Any) -> Excludes | None:
+def excluder(patterns: Any) -> Excludes:
     """Return a function that checks a name and its kind against patterns as in .gitignore."""
-    if isinstance(patterns, (str, bytes)) or not isinstance(patterns, Iterable):
-        raise TypeError(f"exclude must be a list of patterns, not {short_repr(patterns)}")
+    check_list("exclude", patterns, "a list of patterns")
     lines = [check_string(f"exclude[{n}]", line) for n, line in enumerate(patterns)]
     if not lines:
-        return None
+        return excludes_nothing
     try:
         pathspec: Any = importlib.import_module("pathspec")
     except ImportError as error:
@@ -269,53 +268,31 @@ def excluder(patterns: Any) -> Excludes | None:
     return excludes
 
 
-def same_files(
-    files: list[FileEntry], options: Any, find: Callable[[FileEntry], FileEntry | None],
-    different: Callable[[list[FileEntry]], list[FileEntry]],
-) -> list[FileEntry]:  # fmt: skip
-    """Return the files that the target already has, if ``skip_unchanged`` asks for that.
-
-    Parameters:
-        find: returns the entry of the target, if there is one.
-        different: returns those of the files whose content differs.
-    """
-    same = []
-    for entry in files if options.skip_unchanged else ():
-        found = find(entry)
-        if found is not None and (found.kind, found.size) == ("f", entry.size):
-            same_time = whole_seconds(found.mtime) == whole_seconds(entry.mtime)
-            if same_time or options.skip_unchanged == "checksum":
-                same.append(entry)
-    if options.skip_unchanged == "checksum" and same:
-        others = {entry.name for entry in different(same)}
-        same = [entry for entry in same if entry.name not in others]
-    return same
-
-
 class LocalTree(Tree):
     """Find the files, directories and symlinks to upload, and those that are left out.
 
     Attributes:
-        mode, mtime: of ``path`` itself; ``mtime`` in nanoseconds.
+        whole: the absolute path.
+        left_out: (name, reason) for each of those that are left out.
     """
 
-    def __init__(self, path: bytes, symlinks: str, excluded: Excludes | None = None) -> None:
+    def __init__(self, path: bytes, symlinks: str, excludes: Excludes) -> None:
         super().__init__()
         self.path = path
-        self.symlinks = symlinks
-        self._excluded = excluded
+        self.whole = os.path.abspath(path)
+        self._symlinks = symlinks
+        self._excludes = excludes
         self.left_out: list[tuple[bytes, str]] = []
         try:
             status = os.stat(path)  # the path itself may be a symlink
         except FileNotFoundError:
             shown = printable(repr(os.fsdecode(path)), 300)
             raise FileNotFoundError(f"local: there is nothing at {shown}") from None
-        self.is_folder = stat.S_ISDIR(status.st_mode)
-        self.mode, self.mtime = status.st_mode & 0o777, status.st_mtime_ns
+        self.root = local_entry(b"", status)
         if self.is_folder:
             self._scan(b"", (os.path.realpath(path),))
-        elif stat.S_ISREG(status.st_mode):
-            self._add(b"", status)
+        elif self.root.kind == "f":
+            self.entries.append(self.root)
         else:
             raise ValueError(f"local is neither a file nor a directory: {os.fsdecode(path)!r}")
 
@@ -339,43 +316,36 @@ class LocalTree(Tree):
                 raise SSHError(CHANGED)
 
     def _scan(self, folder: bytes, above: tuple[bytes, ...]) -> None:
-        with os.scandir(os.path.join(self.path, folder) if folder else self.path) as found:
-            entries = sorted(found, key=lambda e: e.name)
+        with os.scandir(os.path.join(self.path, folder)) as listed:
+            entries = sorted(listed, key=lambda e: e.name)
         for entry in entries:
-            name = os.path.join(folder, entry.name) if folder else entry.name
-            status = entry.stat(follow_symlinks=False)
-            kind = kind_of(status.st_mode)
-            if self._excluded is not None and self._excluded(name, kind == "d"):
+            name = folder + b"/" + entry.name if folder else entry.name
+            found = local_entry(name, entry.stat(follow_symlinks=False))
+            if self._excludes(name, found.kind == "d"):
                 continue
-            if kind == "l":
-                self._add_link(name, entry.path, status, above)
-            elif kind == "other":
+            if found.kind == "l":
+                self._add_link(found, entry.path, above)
+            elif found.kind == "other":
                 self.left_out.append((name, "it is not a file"))
             else:
-                self._add(name, status)
-                if kind == "d":
+                self.entries.append(found)
+                if found.kind == "d":
                     self._scan(name, (*above, os.path.realpath(entry.path)))
 
-    def _add_link(
-        self, name: bytes, path: bytes, status: os.stat_result, above: tuple[bytes, ...]
-    ) -> None:
-        link, real = os.readlink(path), os.path.realpath(path)
+    def _add_link(self, found: FileEntry, path: bytes, above: tuple[bytes, ...]) -> None:
+        name, link, real = found.name, os.readlink(path), os.path.realpath(path)
         within = real.startswith(above[0].rstrip(b"/") + b"/") and os.path.exists(real)
-        if self.symlinks == "copy" and within and link_target(name, link) is not None:
-            self.entries.append(FileEntry(name, 0, status.st_mtime_ns, 0o777, "l", link))
-        elif self.symlinks == "follow" and within and os.path.isfile(real):
-            self._add(name, os.stat(real))
-        elif self.symlinks == "follow" and within and os.path.isdir(real) and real not in above:
-            self._add(name, os.stat(real))
+        follow = within and self._symlinks == "follow"
+        if within and self._symlinks == "copy" and link_target(name, link) is not None:
+            found.link = link
+            self.entries.append(found)
+        elif follow and os.path.isfile(real):
+            self.entries.append(local_entry(name, os.stat(real)))
+        elif follow and os.path.isdir(real) and real not in above:
+            self.entries.append(local_entry(name, os.stat(real)))
             self._scan(name, (*above, real))
         else:
             self.left_out.append((name, f"a symlink to {os.fsdecode(link)}"))
-
-    def _add(self, name: bytes, status: os.stat_result) -> None:
-        if os.sep != "/":
-            name = name.replace(os.fsencode(os.sep), b"/")
-        kind, mode = kind_of(status.st_mode), status.st_mode & 0o777
-        self.entries.append(FileEntry(name, status.st_size, status.st_mtime_ns, mode, kind))
 
 
 def tar_header(entry: FileEntry) -> bytes:
@@ -400,8 +370,6 @@ class Portion:
         size: bytes to send.
     """
 
-    __slots__ = ("entries", "size", "start")
-
     def __init__(self, entries: list[FileEntry], start: int | None = None, size: int = 0) -> None:
         self.entries = entries
         self.start = start
@@ -419,10 +387,9 @@ def plan_portions(tree: LocalTree, resume: bool) -> list[Portion]:
     """Divide an upload into portions; if it may be resumed, the first ones are small."""
     portions: list[Portion] = []
     bundle: Portion | None = None
-    others = [entry for entry in tree.entries if entry.kind != "f"]
-    files = sorted(tree.files, key=lambda entry: entry.size) if resume else tree.files
     before = 0
-    for entry in [*others, *files]:
+    # Files come last; with resume, the small ones of them first.
+    for entry in sorted(tree.entries, key=lambda e: (e.kind == "f", e.size if resume else 0)):
         most = _portion_size(before) if resume else CHUNK
         if tree.is_folder and entry.size < most:
             if bundle is None or bundle.size >= most or len(bundle.entries) >= BUNDLE_FILES:

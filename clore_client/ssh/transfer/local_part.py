@@ -22,15 +22,15 @@ from clore_client.ssh.transfer.entry import (
     RemoteTree,
     about,
     checked_name,
-    entry_of,
     link_target,
+    local_entry,
     part_token,
     record_key,
-    same_files,
 )
 from clore_client.ssh.transfer.transfer import Transfer
 
 PART = ".clore-part-"
+MAX_HOPS = 40  # symlinks that lead to each other
 ZEROS = bytes(TRANSFER_PIECE)
 Spans = list[tuple[int, int]]  # start and length
 # Returns those of the files whose content differs from that of their targets.
@@ -60,7 +60,6 @@ class LocalPart:
     def __enter__(self) -> LocalPart:
         if self._options.resume:
             self._open_record()
-            self.done = self._read_record()
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
@@ -83,16 +82,11 @@ class LocalPart:
             self._record.close()
             self._record = None
             raise SSHError("another process runs the same transfer: wait for its end")
-
-    def _read_record(self) -> dict[str, Spans]:
-        done: dict[str, Spans] = {}
-        if os.path.lexists(self._part):
-            lines = re.findall(
-                r"^([0-9a-f]{32}) (\d{1,18}) (\d{1,18})\n", self._record.read(), re.M
-            )
-            for key, start, length in lines:
-                done.setdefault(key, []).append((int(start), int(length)))
-        return done
+        line = r"^([0-9a-f]{32}) (\d{1,18}) (\d{1,18})\n"
+        for key, start, length in re.findall(line, self._record.read(), re.M):
+            self.done.setdefault(key, []).append((int(start), int(length)))
+        if not os.path.lexists(self._part):
+            self.clear()
 
     def note(self, entry: FileEntry, start: int, end: int) -> int:
         """Record a range, in whole blocks or up to the end of the file; return where it ends."""
@@ -126,32 +120,28 @@ class LocalPart:
         return merged
 
     def missing(self, entry: FileEntry) -> Spans:
-        """Return the ranges of a file that are missing."""
+        """Return the ranges of a file that are missing; of an empty file, one without bytes."""
+        earlier = self.earlier(entry)
         left, at = [], 0
-        for start, length in [*self.earlier(entry), (entry.size, 0)]:
+        for start, length in [*earlier, (entry.size, 0)]:
             if start > at:
                 left.append((at, start - at))
-            at = max(at, start + length)
-        return left
-
-    def is_done(self, entry: FileEntry) -> bool:
-        return record_key(entry.version) in self.done and not self.missing(entry)
+            at = start + length
+        return left if earlier or entry.size else [(0, 0)]
 
     # --- files ---
 
-    def accept(self, files: list[FileEntry], folder: bool) -> None:
-        """Check the sizes and the target, before anything is created."""
+    def check_target(self, is_folder: bool) -> None:
+        """Find the final path, and check what is there, before anything is created."""
         self._size = 0
-        self.grow(sum(entry.size for entry in files))
-        if folder:
+        if is_folder:
             self.target = self._options.folder_target
         target = self.target
         above = os.path.dirname(os.path.abspath(target))
-        if os.path.lexists(above) and not os.path.isdir(above):
-            raise NotADirectoryError(f"local is not a directory: {above!r}")
-        if folder:
-            if os.path.lexists(target) and not os.path.isdir(target):
-                raise NotADirectoryError(f"local is not a directory: {target!r}")
+        for folder in [above, target] if is_folder else [above]:
+            if os.path.lexists(folder) and not os.path.isdir(folder):
+                raise NotADirectoryError(f"local is not a directory: {folder!r}")
+        if is_folder:
             return
         if os.path.isdir(target):
             raise IsADirectoryError(f"local is a directory: {target!r}")
@@ -171,33 +161,30 @@ class LocalPart:
         if most is not None and self._size > most:
             raise SSHError(f"it has {self._size} bytes, and max_bytes is {most}")
 
-    def begin(self, entries: list[FileEntry]) -> None:
+    def begin(self, tree: RemoteTree) -> None:
         """Create the temporary file or directories; start over if the source has changed."""
         os.makedirs(self._part.parent, exist_ok=True)
-        single = entries[0] if len(entries) == 1 and not entries[0].name else None
-        if not set(self.done) <= {record_key(entry.version) for entry in entries}:
+        if not set(self.done) <= {record_key(entry.version) for entry in tree.entries}:
             self.clear()
         if not self.done:
             self._remove()
-        if single is None:
-            self._part.mkdir(mode=0o700, exist_ok=bool(self.done))
-            for entry in entries:
-                if entry.kind == "d":
-                    self.place(entry).mkdir(mode=0o700, exist_ok=bool(self.done))
-        else:
-            self.open(single).close()
+        if not tree.is_folder:
+            self.open(tree.root).close()
+            return
+        for entry in tree.by_name.values():
+            if entry.kind == "d":
+                self.place(entry).mkdir(mode=0o700, exist_ok=bool(self.done))
 
-    def target_of(self, entry: FileEntry) -> str:
+    def target_of(self, name: bytes) -> str:
         """Return the final path of an entry."""
-        return os.path.join(self.target, checked_name(entry.name)) if entry.name else self.target
+        return os.path.join(self.target, checked_name(name)) if name else self.target
 
-    def installed(self, entry: FileEntry) -> FileEntry | None:
+    def installed(self, name: bytes) -> FileEntry | None:
         """Return the entry that already exists at the final path of a file, or None."""
         try:
-            found = os.lstat(self.target_of(entry))
+            return local_entry(name, os.lstat(self.target_of(name)))
         except OSError:
             return None
-        return entry_of(entry.name, found.st_mode, found.st_size, int(found.st_mtime))
 
     def place(self, entry: FileEntry) -> Path:
         """Return the temporary path of an entry."""
@@ -220,68 +207,61 @@ class LocalPart:
 
     # --- the end ---
 
-    def install_file(self, entry: FileEntry) -> None:
-        found = os.stat(self._part)
-        if found.st_size != entry.size:
-            raise SSHError(f"{found.st_size} bytes have arrived")
-        self._finish(entry, self.target)
-        os.replace(self._part, self.target)
-
-    def install_tree(self, root: FileEntry, entries: list[FileEntry]) -> None:
-        merging = os.path.lexists(self.target)
+    def install(self, tree: RemoteTree) -> None:
+        """Move everything to the target, with the right modes and times."""
+        if not tree.is_folder:
+            size = os.stat(self._part).st_size
+            if size != tree.root.size:
+                raise SSHError(f"{size} bytes have arrived")
+        merges = tree.is_folder and os.path.lexists(self.target)
         # When merging, directories stay writable, so that files can be moved out of them.
-        for entry in entries[::-1]:
-            if entry.kind == "f" or (entry.kind == "d" and not merging):
-                place = os.path.join(self.target, checked_name(entry.name))
-                self._finish(entry, place if merging else "")
-        if merging:
-            merge_into(self._part, self.target, entries, self._options.preserve)
+        for entry in reversed(tree.by_name.values()):
+            if entry.kind == "f" or (entry.kind == "d" and not merges):
+                self._set_mode(entry)
+        if merges:
+            self._merge(tree.entries)
         else:
-            self._finish(root, "")
             os.makedirs(os.path.dirname(os.path.abspath(self.target)), exist_ok=True)
-            os.rename(self._part, self.target)
+            os.replace(self._part, self.target)
 
-    def _finish(self, entry: FileEntry, instead: str) -> None:
+    def _set_mode(self, entry: FileEntry) -> None:
         """Set permissions (of the source, or of the file it replaces) and, with preserve, times."""
-        place, mode = self.place(entry), entry.mode
-        if not self._options.preserve:
-            mode &= ~local_umask()
-            if instead and entry.kind == "f" and os.path.isfile(instead):
-                mode = stat.S_IMODE(os.stat(instead).st_mode)
-        os.chmod(place, mode)
+        place, mode, replaced = self.place(entry), entry.mode, self.target_of(entry.name)
         if self._options.preserve:
             os.utime(place, ns=(entry.mtime, entry.mtime))
+        elif os.path.isfile(replaced):
+            mode = stat.S_IMODE(os.stat(replaced).st_mode)
+        else:
+            mode &= ~local_umask()
+        os.chmod(place, mode)
+
+    def _merge(self, entries: list[FileEntry]) -> None:
+        """Move a tree into an existing one; never write through a symlink there."""
+        for entry in entries:  # check all before moving the first
+            target, is_folder = self.target_of(entry.name), entry.kind == "d"
+            shown = printable(os.fsdecode(entry.name), 300)
+            if os.path.islink(target) and is_folder:
+                raise SSHError(f"local has a symlink in the place of {shown}")
+            if os.path.lexists(target) and os.path.isdir(target) != is_folder:
+                raise SSHError(f"local has something else in the place of {shown}")
+        for entry in entries:
+            target = self.target_of(entry.name)
+            if entry.kind != "d":
+                os.replace(self.place(entry), target)
+            elif not os.path.isdir(target):
+                os.mkdir(target, entry.mode | 0o700)  # without what the umask forbids
+        for entry in entries[::-1]:
+            if entry.kind == "d" and self._options.preserve:
+                target = self.target_of(entry.name)
+                os.chmod(target, entry.mode)
+                os.utime(target, ns=(entry.mtime, entry.mtime))
+        shutil.rmtree(self._part)
 
 
 def local_umask() -> int:
     umask = os.umask(0o077)
     os.umask(umask)
     return umask
-
-
-def merge_into(part: Path, target: str, entries: list[FileEntry], preserve: bool) -> None:
-    """Move a tree into an existing one; never write through a symlink there."""
-    for entry in entries:  # check all before moving the first
-        place = os.path.join(target, checked_name(entry.name))
-        shown = printable(os.fsdecode(entry.name), 300)
-        if os.path.islink(place) and entry.kind == "d":
-            raise SSHError(f"local has a symlink in the place of {shown}")
-        if os.path.lexists(place) and os.path.isdir(place) != (entry.kind == "d"):
-            raise SSHError(f"local has something else in the place of {shown}")
-    umask = local_umask()
-    for entry in entries:
-        name = checked_name(entry.name)
-        place = os.path.join(target, name)
-        if entry.kind != "d":
-            os.replace(part / name, place)
-        elif not os.path.isdir(place):
-            os.mkdir(place, 0o700)
-            os.chmod(place, (entry.mode | 0o700) & (0o777 if preserve else ~umask))
-    for entry in [e for e in entries[::-1] if e.kind == "d" and preserve]:
-        place = os.path.join(target, checked_name(entry.name))
-        os.chmod(place, entry.mode)
-        os.utime(place, ns=(entry.mtime, entry.mtime))
-    shutil.rmtree(part)
 
 
 def write_piece(file: Any, piece: bytes) -> None:
@@ -298,45 +278,32 @@ def write_piece(file: Any, piece: bytes) -> None:
         view = view[file.write(view) :]
 
 
-def begin_file(
-    transfer: Transfer, part: LocalPart, entry: FileEntry, different: Different
-) -> list[FileEntry]:
-    """Check and begin the download of a file; return what to receive, unless it is unchanged."""
-    transfer.total = entry.size
-    part.accept([entry], folder=False)
-    if same_files([entry], transfer.options, part.installed, different):
-        transfer.unchanged = 1
-        return []
-    part.begin([entry])
-    return [entry]
-
-
-def begin_tree(
+def begin_download(
     transfer: Transfer, part: LocalPart, tree: RemoteTree, different: Different
 ) -> list[FileEntry]:
-    """Check and begin the download of a directory; return its symlinks."""
-    options = transfer.options
-    for entry in tree.special:
-        transfer.leave_out(entry.name, "it is not a file")
+    """Check and begin a download, unless nothing has changed; return the symlinks."""
     kept = []
     for entry in tree.entries:
-        if entry.kind == "l" and options.symlinks == "skip":
-            transfer.leave_out(entry.name, "a symlink")
+        why = ""
+        if entry.kind == "other":
+            why = "it is not a file"
+        elif entry.kind == "l" and transfer.options.symlinks == "skip":
+            why = "a symlink"
         elif entry.kind == "l" and b"\\" in entry.name:  # an escape for GNU tar
-            transfer.leave_out(entry.name, "a symlink whose name has a backslash")
+            why = "a symlink whose name has a backslash"
+        if why:
+            transfer.leave_out(entry.name, why)
         else:
             kept.append(entry)
     tree.entries = kept
     links = [entry for entry in kept if entry.kind == "l"]
+    part.check_target(tree.is_folder)
+    if not links or transfer.options.symlinks != "follow":  # a copy may need unchanged files
+        transfer.leave_unchanged(tree, part.installed, different)
     transfer.total = tree.size
-    part.accept(tree.files, folder=True)
-    if not links or options.symlinks != "follow":  # a followed symlink may need unchanged files
-        same = same_files(tree.files, options, part.installed, different)
-        tree.drop_files(same)
-        transfer.unchanged = len(same)
-        part.accept(tree.files, folder=True)
-    transfer.total = tree.size
-    part.begin(tree.entries)
+    part.grow(tree.size)
+    if tree.is_folder or tree.files:
+        part.begin(tree)
     return links
 
 
@@ -346,17 +313,17 @@ def make_links(
     """Create the symlinks that lead to something in the tree, or copies of it."""
     entries = {entry.name: entry for entry in tree.entries}
     folders = {entry.name for entry in tree.entries if entry.kind == "d"}
+    follow = transfer.options.symlinks == "follow"
     for link in links:
-        target, hops = link, 0
-        while target.kind == "l" and hops < 40:
-            within, hops = link_target(target.name, target.link, folders), hops + 1
-            found = entries.get(within) if within else None
-            if found is None:
+        target: FileEntry | None = link
+        for _ in range(MAX_HOPS):
+            if target is None or target.kind != "l":
                 break
-            target = found
-        inside = (link.name + b"/").startswith(target.name + b"/")
-        follow = transfer.options.symlinks == "follow"
-        if target.kind == "l" or (inside and follow):
+            target = entries.get(link_target(target.name, target.link, folders) or b"")
+        else:
+            target = None
+        inside = target is not None and (link.name + b"/").startswith(target.name + b"/")
+        if target is None or (inside and follow):
             transfer.leave_out(link.name, f"a symlink to {os.fsdecode(link.link)}")
             tree.entries.remove(link)
         elif not follow:

@@ -14,10 +14,10 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 from clore_client.errors import SSHError, printable
-from clore_client.ssh.transfer.entry import BLOCK
+from clore_client.ssh.transfer.entry import BLOCK, TRANSFER_PIECE
 from clore_client.ssh.transport import (
     CHANNEL_PAUSE,
     COMMAND_WINDOW,
@@ -48,7 +48,6 @@ INLINE = (
     "for l in $1; do s=$s$l$n; done; unset IFS; set +f; echo {mark}; eval \"$s\"' sh '{script}'"
 )
 NO_INPUT = 119  # the exit code if the input ends before the script
-Channel = TypeVar("Channel", bound=LimitedChannel)
 READS_ALL = "a start-up file of the host, such as ~/.bashrc, reads the input of all commands"
 MAX_INLINE = 4096  # bytes; dropbear accepts 9,000
 
@@ -57,7 +56,7 @@ class NoShellError(SSHError):
     """Report a host without a POSIX shell or one of the usual tools; SFTP may work."""
 
 
-def with_patience(seconds: float, open_channel: Callable[[], Channel]) -> Channel:
+def with_patience(seconds: float, open_channel: Callable[[], Any]) -> Any:
     """Open a channel; retry while the host opens no further one."""
     deadline = time.monotonic() + seconds
     while True:
@@ -86,7 +85,6 @@ class RemoteScript:
         turn: threading.Lock | None = None,
     ) -> None:  # fmt: skip
         self._transport = transport
-        self._watchdog = watchdog
         self._turn = turn
         self._ending = False
         self._mark = os.urandom(8).hex()
@@ -95,7 +93,14 @@ class RemoteScript:
         inline = None if reads else inlined(script)
         line = BOOTSTRAP if inline is None else INLINE
         command = line.format(mark=self._mark, script=inline)
-        self.channel = self._open(command, timeout, patience, window)
+
+        def open_channel() -> LimitedChannel:
+            with turn or contextlib.nullcontext():
+                channel = LimitedChannel(transport, timeout, watchdog, window)
+                channel.exec_command(command)
+            return channel
+
+        self.channel: LimitedChannel = with_patience(patience, open_channel)
         mark = self._mark.encode() + b"\n"
         # An inline script also gets lines, for start-up files that read some, and because dropbear
         # loses the output of a short script that has no input.
@@ -104,17 +109,6 @@ class RemoteScript:
         self.channel.in_buffer.set_event(self._arrived)
         if inline is not None and turn is None:
             self.end()  # a start-up file that reads all input ends then
-
-    def _open(self, command: str, timeout: float, patience: float, window: int) -> LimitedChannel:
-        """Run a command on a new channel."""
-
-        def once() -> LimitedChannel:
-            with self._turn or contextlib.nullcontext():
-                channel = LimitedChannel(self._transport, timeout, self._watchdog, window)
-                channel.exec_command(command)
-            return channel
-
-        return with_patience(patience, once)
 
     def __enter__(self) -> RemoteScript:
         return self
@@ -138,10 +132,6 @@ class RemoteScript:
         if self._turn is not None and self._ending:
             self._ending = False
             self._turn.release()
-
-    def hurry(self) -> None:
-        """Shorten the timeout, because the transfer stops."""
-        self.channel.timeout = min(self.channel.timeout, LAST_PATIENCE)
 
     # --- sending ---
 
@@ -175,6 +165,20 @@ class RemoteScript:
         if not self._begun:
             self._skip_noise()
         return self._receive(most)
+
+    def piece(self, left: int) -> bytes:
+        """Return some of the ``left`` bytes of output that must still follow."""
+        piece = self.read(min(TRANSFER_PIECE, left))
+        if not piece:
+            raise SSHError(f"{left} bytes are missing: {self.refused()}")
+        return piece
+
+    def exactly(self, size: int) -> bytes:
+        """Return the next ``size`` bytes of output."""
+        data = b""
+        while len(data) < size:
+            data += self.piece(size - len(data))
+        return data
 
     def line(self) -> bytes:
         """Return the next line without its end, or the rest of the output."""

@@ -11,15 +11,14 @@ DIFFERS = "SHA-256 differs: the received data was removed"
 MAX_ANSWER = 256 * 1024 * 1024  # bytes of a listing, or of digests
 
 # Precedes each script. Relative paths count from the home directory, even if a start-up file
-# changes the directory. $n is a line end, set before.
+# changes the directory. $n is a line end, set before. openssl is up to six times as fast as
+# sha256sum.
 PRELUDE = r"""
 unset CDPATH
 g=; last=
 no() { printf "no %s%s" "$*" "$n"; exit 1; }
 cd "${HOME:-/}" || no "there is no home directory ${HOME}"
-if command -v sha256sum >/dev/null; then sha=sha256sum; else sha="openssl dgst -sha256 -r"; fi
-# openssl is up to six times as fast.
-if command -v openssl >/dev/null; then sha="openssl dgst -sha256 -r"; fi
+if command -v openssl >/dev/null; then sha="openssl dgst -sha256 -r"; else sha=sha256sum; fi
 block=65536
 part() { # prints $3 bytes of the file $1 from its block $2 on
   if [ $(($3 % block)) = 0 ]; then blocks "$1" "$2" $(($3 / block))
@@ -33,10 +32,9 @@ list() { find . -exec stat -c "%f %s %Y %n" {} +; }
 """
 # Ends with the name of a tool that is missing.
 CHECK_TOOLS = r"""
-for t in chmod dd find head mkdir mv rm sort stat tar touch xargs; do
+for t in chmod dd find head mkdir mv rm ${sha%% *} sort stat tar touch xargs; do
   command -v $t >/dev/null || no "lacks $t"
 done
-command -v ${sha%% *} >/dev/null || no "lacks sha256sum"
 [ "$(echo abcdef | dd ibs=3 count=1 obs=4 iflag=fullblock 2>/dev/null)" = abc ] ||
   no "lacks a dd with iflag=fullblock"
 stat -c "%f %s %Y %a" . >/dev/null 2>&1 || no "lacks a stat with -c"
@@ -54,9 +52,6 @@ if [ -h "$f" ] && [ ! -d "$f" ]; then
   f=$(readlink -f "$f") || no "$f is a broken symlink"
 fi
 d=${f%/*}; d=${d:-/}
-if [ ! -d "$d" ] && [ "$look" = 0 ]; then
-  e=$(mkdir -p "$d" 2>&1) || no "there is no directory $d: ${e%%$n*}"
-fi
 if [ "$kind" = f ]; then
   [ ! -d "$f" ] || no "$f is a directory"
   [ ! -e "$f" ] || [ -f "$f" ] || no "$f is neither a file nor a directory"
@@ -65,13 +60,11 @@ p=${d%/}/.clore-part-$token
 r=$p.done
 """
 # Runs during the whole upload: creates the temporary name, and renames it at the end. If it stops
-# before that, it removes the temporary name, unless the upload may be resumed.
-CONTROL = (
-    CHECK_TOOLS
-    + TARGET
-    + r"""
+# before that, it removes the temporary name, unless the upload may be resumed. With resume, two
+# uploads may share the temporary name: only the last one that began may continue.
+CONTROL = r"""
+[ -d "$d" ] || e=$(mkdir -p "$d" 2>&1) || no "there is no directory $d: ${e%%$n*}"
 u=$(umask); umask 077
-# With resume, two uploads may share the temporary name: only the last one that began may continue.
 make() {
   if [ "$kind" = f ]; then : >>"$p"; else mkdir -p "$p"; fi || return 1
   [ "$keep" = 0 ] || echo "$owner" >"$o"
@@ -134,43 +127,28 @@ go) [ "$keep" = 0 ] || [ "$(cat "$o" 2>/dev/null)" = "$owner" ] || {
 *) gone;;
 esac; done
 """
-)
 # Prints the target and a listing of it, which is empty if there is none.
-LIST_TARGET = (
-    CHECK_TOOLS
-    + TARGET
-    + r"""
+LIST_TARGET = r"""
 printf "target %s\n" "$f"
 if [ "$kind" = d ]; then [ ! -d "$f" ] || (cd "$f" && list)
 else [ ! -f "$f" ] || stat -L -c "%f %s %Y ." "$f"; fi
 echo "$token"
 """
-)
 # Removes the files or the empty directories below the target whose names it reads.
-REMOVE = (
-    TARGET
-    + r"""
+REMOVE = r"""
 cd "$f" || exit 1
 if [ "$what" = d ]; then xargs -0 rmdir 2>/dev/null; else xargs -0 rm -f || exit 1; fi
 echo removed
 """
-)
-# Precedes scripts that start at the same time as CONTROL, and wait for the temporary name.
-WAIT = (
-    TARGET
-    + r"""
+# Writes portions: before each comes a line (block, size, key, name), after it a dot. A portion is
+# a chunk of a file, or a tar archive where the block is "tar".
+# It starts at the same time as CONTROL, and waits for the temporary name.
+PUT = r"""
 w=0; until [ -e "$p" ]; do
   w=$((w+1)); [ $w -lt 500 ] || no "the upload did not start"
   sleep 0.02 2>/dev/null || sleep 1
 done
 umask 077
-"""
-)
-# Writes portions: before each comes a line (block, size, key, name), after it a dot. A portion is
-# a chunk of a file, or a tar archive where the block is "tar".
-PUT = (
-    WAIT
-    + r"""
 c=$conv
 put() { dd of="$p$g" ibs="$s" count=1 obs=$block seek="$k" iflag=fullblock conv=$c 2>&1; }
 archive() { dd ibs="$s" count=1 obs=$block iflag=fullblock 2>/dev/null; }
@@ -189,16 +167,13 @@ while read -r k s key q && [ -e "$p" ]; do
 done
 echo end
 """
-)
 # Print SHA-256: of each chunk for which a line (block, size, name) comes, and of each file that is
 # named, in the order of the names. ``sort`` reads all names before the first output, which would
 # block if the client still sent names instead of reading it.
 CHUNK_DIGESTS = r"""while read -r k s q; do inner; part "$path$g" "$k" "$s" | $sha; done"""
 FILE_DIGESTS = r"""cd "$path" && sort -z | xargs -0 $sha"""
 # Prints the type of the source, then a listing, or the content of a file that is not too large.
-LOOK = (
-    CHECK_TOOLS
-    + r"""
+LOOK = r"""
 if [ -d "$f" ]; then
   cd "$f" || no "$f: it cannot be entered"
   echo d; list; echo "$token"
@@ -214,7 +189,6 @@ elif [ -f "$f" ]; then
 elif [ -e "$f" ]; then no "it is neither a file nor a directory"
 else no "there is no such file"; fi
 """
-)
 # Prints a tar archive of the files whose names it reads, a block with a mark, and a new listing.
 GET_TREE = r"""
 cd "$f" || exit 1
@@ -228,11 +202,11 @@ stat -L -c "%s %Y %a" "$f"
 """
 
 
-def script_text(verb: str, body: str, **values: bytes | str | int) -> bytes:
-    """Return a script with ``values`` as shell variables; ``verb`` names it."""
+def script_text(verb: str, *parts: str, **values: bytes | str | int) -> bytes:
+    """Return a script of these parts with ``values`` as shell variables; ``verb`` names it."""
     lines = [b": " + verb.encode()]
     lines += [name.encode() + b"=" + sh_quoted(value) for name, value in values.items()]
-    return b"\n".join([*lines, (PRELUDE + body).encode()])
+    return b"\n".join([*lines, *(part.encode() for part in (PRELUDE, *parts))])
 
 
 def sh_quoted(value: bytes | str | int) -> bytes:

@@ -12,25 +12,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clore_client.errors import SSHError, printable
+from clore_client.errors import SSHError
 from clore_client.ssh.transfer.entry import (
     BLOCK,
-    MAX_LEVELS,
     Excludes,
     FileEntry,
     LocalTree,
     RemoteTree,
     about,
     check_unchanged,
-    entry_of,
     file_digest,
     part_token,
     record_key,
+    remote_entry,
 )
 from clore_client.ssh.transfer.local_part import PART, LocalPart, write_piece
 from clore_client.ssh.transfer.remote_script import with_patience
 from clore_client.ssh.transfer.scripts import DIFFERS
-from clore_client.ssh.transfer.transfer import Transfer, is_content
+from clore_client.ssh.transfer.transfer import Transfer
 from clore_client.ssh.transport import (
     PARAMIKO_LOGGER,
     LimitedChannel,
@@ -65,25 +64,20 @@ def sftp_session(transfer: Transfer) -> Iterator[RemoteFiles]:
         channel.invoke_subsystem("sftp")
         return channel
 
-    channel: Any = with_patience(min(SFTP_PATIENCE, transfer.timeout), once)
     unreadable = (paramiko.SFTPError, UnicodeError, ValueError, TypeError)
     failures: tuple[type[Exception], ...] = (*unreadable, *connection_errors())
-    try:
+    with contextlib.closing(with_patience(min(SFTP_PATIENCE, transfer.timeout), once)) as channel:
         try:
             sftp = paramiko.SFTPClient(channel)
         except failures as error:
-            raise SSHError(
-                f"the host has neither a usual shell nor SFTP: {reason(error)}"
-            ) from error
+            text = f"the host has neither a usual shell nor SFTP: {reason(error)}"
+            raise SSHError(text) from error
         sftp.logger = logging.getLogger(PARAMIKO_LOGGER)  # it logs names without escaping them
         try:
             yield RemoteFiles(sftp)
         except unreadable as error:
-            raise SSHError(
-                f"the host sent an answer that can't be read: {reason(error)}"
-            ) from error
-    finally:
-        channel.close()
+            text = f"the host sent an answer that can't be read: {reason(error)}"
+            raise SSHError(text) from error
 
 
 class RemoteFiles:
@@ -109,24 +103,21 @@ class RemoteFiles:
         found = self.look(path, follow)
         return "" if found is None else found.kind
 
-    def tree(self, path: bytes, excludes: Excludes | None = None) -> RemoteTree:
+    def tree(self, path: bytes, excludes: Excludes) -> RemoteTree:
         """Return the entry at a path, and all entries below it."""
         tree, found = RemoteTree(excludes), self.look(path)
-        if found is not None:
-            tree.add(found)
-            if found.kind == "d":
-                self._walk(path, b"", tree, 0)
+        if found is None:
+            return tree
+        tree.add(found)
+        folders = [b""] if found.kind == "d" else []
+        while folders:
+            folder = folders.pop()
+            for entry in self._listed(_join(path, folder)):
+                entry.name = folder + b"/" + entry.name if folder else entry.name
+                tree.add(entry)  # which limits the levels
+                if entry.kind == "d":
+                    folders.append(entry.name)
         return tree
-
-    def _walk(self, top: bytes, folder: bytes, tree: RemoteTree, level: int) -> None:
-        if level > MAX_LEVELS:
-            raise SSHError(f"the host lists more than {MAX_LEVELS} nested directories")
-        for entry in self._listed(_join(top, folder)):
-            if folder:
-                entry.name = folder + b"/" + entry.name
-            tree.add(entry)
-            if entry.kind == "d":
-                self._walk(top, entry.name, tree, level + 1)
 
     def _listed(self, folder: bytes) -> list[FileEntry]:
         """Return the entries of a directory."""
@@ -134,12 +125,7 @@ class RemoteFiles:
         listed = list(itertools.islice(self.sftp.listdir_iter(folder), MAX_LISTED + 1))
         if len(listed) > MAX_LISTED:
             raise SSHError(f"the host lists more than {MAX_LISTED} files in a directory")
-        entries = [_entry(os.fsencode(found.filename), found) for found in listed]
-        for entry in entries:
-            if b"/" in entry.name:
-                shown = printable(repr(entry.name), 120)
-                raise SSHError(f"the host sent an invalid file name: {shown}")
-        return entries
+        return [_entry(os.fsencode(found.filename), found) for found in listed]
 
     def open(self, path: bytes, mode: str) -> Any:
         """Open a file for large requests."""
@@ -157,17 +143,13 @@ class RemoteFiles:
                 raise SSHError(f"{size - len(piece)} bytes are missing")
             yield piece
 
-    def digest(self, path: bytes, size: int) -> str:
-        """Return the SHA-256 of a file."""
-        digest = hashlib.sha256()
-        with self.open(path, "rb") as file:
-            for piece in self.pieces(file, 0, size):
-                digest.update(piece)
-        return digest.hexdigest()
-
     def differs(self, entry: FileEntry, path: bytes, here: str | Path) -> bool:
         """Return whether the SHA-256 of a file differs from that of a local file."""
-        return self.digest(path, entry.size) != file_digest(here, 0, entry.size)
+        digest = hashlib.sha256()
+        with self.open(path, "rb") as file:
+            for piece in self.pieces(file, 0, entry.size):
+                digest.update(piece)
+        return digest.hexdigest() != file_digest(here, 0, entry.size)
 
     def make_folders(self, folder: bytes) -> None:
         """Create a directory with its parents, if it is missing."""
@@ -204,7 +186,7 @@ def _entry(name: bytes, found: Any) -> FileEntry:
     """Check the attributes of a file that a host sent."""
     if None in (found.st_mode, found.st_size, found.st_mtime):
         raise SSHError("the host sends no size, time or mode of a file")
-    return entry_of(name, found.st_mode, int(found.st_size), int(found.st_mtime))
+    return remote_entry(name, found.st_mode, int(found.st_size), int(found.st_mtime))
 
 
 def _join(path: bytes, name: bytes) -> bytes:
@@ -220,19 +202,17 @@ class SftpDownload:
         self._remote = remote
         self._source = remote.absolute(transfer.options.source).rstrip(b"/") or b"/"
 
-    def look(self) -> FileEntry | RemoteTree:
-        found = self._remote.look(self._source)
-        if found is None:
+    def look(self) -> RemoteTree:
+        kind = self._remote.kind(self._source)
+        if not kind:
             raise SSHError("there is no such file")
-        if found.kind == "other":
+        if kind == "other":
             raise SSHError("it is neither a file nor a directory")
-        if found.kind == "f":
-            return found
-        return self._remote.tree(self._source, self._transfer.options.excluded)
+        return self._remote.tree(self._source, self._transfer.options.excludes)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         differs, target = self._remote.differs, self._part.target_of
-        return [e for e in files if differs(e, _join(self._source, e.name), target(e))]
+        return [e for e in files if differs(e, _join(self._source, e.name), target(e.name))]
 
     def receive(self, files: list[FileEntry], links: list[FileEntry]) -> None:
         for link in links:
@@ -261,8 +241,7 @@ class SftpDownload:
             self._transfer.moved(entry, 0)
         check_unchanged(entry, self._remote.look(source))
         # Not after every resumed download: hashing costs as much as receiving the file again.
-        verify = self._transfer.options.verify
-        if verify and self._remote.differs(entry, source, part.place(entry)):
+        if self._transfer.options.verify and self._remote.differs(entry, source, part.place(entry)):
             part.clear()
             raise SSHError(DIFFERS)
         for _, length in earlier:
@@ -278,8 +257,7 @@ class SftpUpload:
         self._tree = tree
         self._remote = remote
         self._target = self._find_target()
-        whole = os.path.abspath(tree.path)
-        token = part_token(self._options.resume, "sftp", self._target, whole)
+        token = part_token(self._options.resume, "sftp", self._target, tree.whole)
         self._part = _join(posixpath.dirname(self._target), PART.encode() + token.encode())
         self._confirmed = self._unconfirmed = 0  # bytes
 
@@ -287,29 +265,27 @@ class SftpUpload:
         """Check the target, and return its path."""
         remote, is_folder = self._remote, self._tree.is_folder
         path = remote.absolute(self._options.source)
-        name = os.path.basename(os.path.abspath(self._tree.path))
         if is_folder:
-            inside = not is_content(self._options.local)
+            inside = not self._options.content
         else:
             inside = path.endswith(b"/") or remote.kind(path) == "d"
         path = path.rstrip(b"/") or b"/"
         if inside:
-            path = _join(path, name)
+            path = _join(path, os.path.basename(self._tree.whole))
         kind = remote.kind(path)
+        shown = os.fsdecode(path)
         if kind != "d" and remote.kind(path, follow=False) == "l":
             if self._options.symlinks != "follow" or not kind:
-                raise SSHError(
-                    f"{os.fsdecode(path)} is a symlink: remove it, or pass symlinks='follow'"
-                )
+                raise SSHError(f"{shown} is a symlink: remove it, or pass symlinks='follow'")
             path = os.fsencode(remote.sftp.normalize(path))
         if kind and (kind == "d") != is_folder:
-            raise SSHError(f"{os.fsdecode(path)} is {'not ' if is_folder else ''}a directory")
+            raise SSHError(f"{shown} is {'not ' if is_folder else ''}a directory")
         if kind == "other":
-            raise SSHError(f"{os.fsdecode(path)} is neither a file nor a directory")
+            raise SSHError(f"{shown} is neither a file nor a directory")
         return path
 
     def listing(self) -> tuple[bytes, RemoteTree]:
-        return self._target, self._remote.tree(self._target)
+        return self._target, self._remote.tree(self._target, self._options.excludes)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         differs, place = self._remote.differs, self._tree.place
@@ -344,10 +320,9 @@ class SftpUpload:
     def _check_record(self, record: bytes) -> None:
         """Remove what an earlier upload has sent, unless the source is still the same."""
         key = record_key([entry.version for entry in self._tree.files]).encode()
-        if self._remote.look(record) is not None:
-            with self._remote.open(record, "rb") as file:
-                if file.read(len(key)) == key:
-                    return
+        with contextlib.suppress(FileNotFoundError), self._remote.open(record, "rb") as file:
+            if file.read(len(key)) == key:
+                return
         self._remote.remove(self._part)
         with self._remote.open(record, "wb") as file:
             file.write(key)
@@ -356,27 +331,22 @@ class SftpUpload:
         """Apply the host's umask to all modes; it shows in the mode of a new directory."""
         probe = self._part + b"." + os.urandom(4).hex().encode()
         self._remote.sftp.mkdir(probe)
-        found = self._remote.look(probe)
+        mask = self._remote.sftp.stat(probe).st_mode
         self._remote.sftp.rmdir(probe)
-        mask = 0o700 if found is None else found.mode
-        self._tree.mode &= mask
-        for entry in self._tree.entries:
+        for entry in [self._tree.root, *self._tree.entries]:
             entry.mode &= mask
 
     def _send_all(self) -> None:
-        sftp, part = self._remote.sftp, self._part
-        if self._tree.is_folder and not self._remote.kind(part):
-            sftp.mkdir(part, 0o700)
-        for entry in self._tree.entries:
-            place = _join(part, entry.name)
+        for entry in self._tree.by_name.values():
+            place = _join(self._part, entry.name)
             if entry.kind == "d" and not self._remote.kind(place):
-                sftp.mkdir(place, 0o700)
+                self._remote.sftp.mkdir(place, 0o700)
             elif entry.kind == "l":
                 self._remote.remove(place)
-                sftp.symlink(entry.link, place)
+                self._remote.sftp.symlink(entry.link, place)
         for entry in self._tree.files:
             with about(entry):
-                self._send_file(entry, _join(part, entry.name))
+                self._send_file(entry, _join(self._part, entry.name))
 
     def _send_file(self, entry: FileEntry, place: bytes) -> None:
         start = 0
@@ -392,11 +362,10 @@ class SftpUpload:
         if start or not entry.size:
             self._transfer.moved(entry, start)
         found = self._remote.look(place)
-        if found is None or found.size != entry.size:
-            size = 0 if found is None else found.size
+        size = 0 if found is None else found.size
+        if size != entry.size:
             raise SSHError(f"{size} of {entry.size} bytes arrived")
-        verify = self._options.verify
-        if verify and self._remote.differs(entry, place, self._tree.place(entry)):
+        if self._options.verify and self._remote.differs(entry, place, self._tree.place(entry)):
             self._remote.remove(place)
             raise SSHError(DIFFERS)
 
@@ -411,23 +380,27 @@ class SftpUpload:
             self._unconfirmed = 0
 
     def _install(self) -> None:
+        """Move everything to the target, with the right modes and times."""
         remote, tree, part, target = self._remote, self._tree, self._part, self._target
         exists = bool(remote.kind(target))
-        if exists and tree.is_folder:
+        merges = exists and tree.is_folder
+        if merges:
             for entry in tree.entries:
                 self._check_place(entry, _join(target, entry.name))
-        for entry in tree.entries[::-1]:
-            if entry.kind == "f" or (entry.kind == "d" and not exists):
-                instead = _join(target, entry.name) if exists else b""
-                self._finish(entry, _join(part, entry.name), instead)
-        if tree.is_folder and exists:
-            for entry in tree.entries:
-                self._move(entry, _join(part, entry.name), _join(target, entry.name))
-            remote.remove(part)
+        for entry in reversed(tree.by_name.values()):
+            if entry.kind == "f" or (entry.kind == "d" and not merges):
+                self._set_mode(entry, exists)
+        if not merges:
+            remote.replace(part, target)
             return
-        if tree.is_folder:
-            self._finish(FileEntry(b"", 0, tree.mtime, tree.mode, "d"), part, b"")
-        remote.replace(part, target)
+        for entry in tree.entries:
+            place = _join(target, entry.name)
+            if entry.kind != "d":
+                remote.replace(_join(part, entry.name), place)
+            elif not remote.kind(place):
+                remote.sftp.mkdir(place, 0o700)
+                remote.sftp.chmod(place, entry.mode | 0o700)
+        remote.remove(part)
 
     def _check_place(self, entry: FileEntry, place: bytes) -> None:
         """Check what exists in the place of an entry, before any file is moved there."""
@@ -439,18 +412,12 @@ class SftpUpload:
         if kind and (kind == "d") != (entry.kind == "d"):
             raise SSHError(f"{os.fsdecode(place)} is {'' if kind == 'd' else 'not '}a directory")
 
-    def _finish(self, entry: FileEntry, place: bytes, instead: bytes) -> None:
+    def _set_mode(self, entry: FileEntry, exists: bool) -> None:
         """Set permissions (of the source, or of the file it replaces) and, with preserve, times."""
-        mode, found = entry.mode, self._remote.look(instead) if instead else None
-        if not self._options.preserve and found is not None:
-            mode = found.mode
-        self._remote.sftp.chmod(place, mode)
+        sftp, place = self._remote.sftp, _join(self._part, entry.name)
         if self._options.preserve:
-            self._remote.sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))
-
-    def _move(self, entry: FileEntry, place: bytes, target: bytes) -> None:
-        if entry.kind != "d":
-            self._remote.replace(place, target)
-        elif not self._remote.kind(target):
-            self._remote.sftp.mkdir(target, 0o700)
-            self._remote.sftp.chmod(target, entry.mode | 0o700)
+            sftp.chmod(place, entry.mode)
+            sftp.utime(place, (entry.mtime // 10**9, entry.mtime // 10**9))
+            return
+        found = self._remote.look(_join(self._target, entry.name)) if exists else None
+        sftp.chmod(place, entry.mode if found is None else found.mode)

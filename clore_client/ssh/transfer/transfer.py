@@ -30,10 +30,12 @@ from clore_client.ssh.transfer.entry import (
     SMALL_FILE,
     FileEntry,
     LocalTree,
+    Tree,
     excluder,
     file_digest,
+    whole_seconds,
 )
-from clore_client.ssh.transfer.remote_script import LAST_PATIENCE, RemoteScript
+from clore_client.ssh.transfer.remote_script import LAST_PATIENCE, MAX_LINE, RemoteScript
 from clore_client.ssh.transfer.scripts import (
     CHUNK_DIGESTS,
     FILE_DIGESTS,
@@ -58,11 +60,11 @@ from clore_client.validation import (
     check_local_path,
     check_number,
     check_optional_number,
+    check_type,
     short_repr,
 )
 
 MAX_STREAMS = 16
-SYMLINK_WAYS = ("skip", "copy", "follow")
 # (size in bytes, connections): from this size on, more connections save more time than their logins
 # cost.
 UPLOAD_CONNECTIONS = ((256 * 1024 * 1024, 4), (32 * 1024 * 1024, 2))
@@ -70,47 +72,39 @@ CHANNEL_PATIENCE = 0.5  # seconds until a worker without a channel leaves its wo
 LEAST_AHEAD = 256 * 1024  # bytes that a resumable upload sends before the host confirms any
 NEAR = 0.02  # seconds of a round trip; below it, one channel is as fast as several
 RANGE = 64 * 1024 * 1024  # bytes that are requested or hashed at a time, within the timeout
+FileRange = tuple[FileEntry, int, int]  # with the start and the size
 
 
 class TransferOptions:
     """Check the arguments of a transfer."""
 
     def __init__(
-        self, local: Any, remote: Any, *, preserve: Any = False, verify: Any = False,
-        resume: Any = False, symlinks: Any = "skip", streams: Any = None, max_bytes: Any = None,
-        progress: Any = None, on_progress: Any = None, timeout: Any = 30.0, deadline: Any = None,
-        skip_unchanged: Any = False, exclude: Any = (),
+        self, local: Any, remote: Any, *, preserve: Any, verify: Any, resume: Any, symlinks: Any,
+        exclude: Any, skip_unchanged: Any, streams: Any, progress: Any, on_progress: Any,
+        timeout: Any, deadline: Any,
     ) -> None:  # fmt: skip
         self.local = check_path("local", local)
         self.remote = check_path("remote", remote)
         self.source = remote_path(self.remote)
         if not isinstance(skip_unchanged, bool) and skip_unchanged != "checksum":
-            raise ValueError(
-                "skip_unchanged must be True, False or 'checksum', not "
-                f"{short_repr(skip_unchanged)}"
-            )
+            shown = short_repr(skip_unchanged)
+            raise ValueError(f"skip_unchanged must be True, False or 'checksum', not {shown}")
         self.skip_unchanged: bool | str = skip_unchanged
-        self.excluded = excluder(exclude)
+        self.excludes = excluder(exclude)
         # Times can only be compared later if they are kept now.
         self.preserve = check_bool("preserve", preserve) or skip_unchanged is True
         self.verify = check_bool("verify", verify)
         self.resume = check_bool("resume", resume)
-        if symlinks not in SYMLINK_WAYS:
-            raise ValueError(
-                f"symlinks must be 'skip', 'copy' or 'follow', not {short_repr(symlinks)}"
-            )
+        if symlinks not in ("skip", "copy", "follow"):
+            shown = short_repr(symlinks)
+            raise ValueError(f"symlinks must be 'skip', 'copy' or 'follow', not {shown}")
         self.symlinks: str = symlinks
-        self.streams = self.max_bytes = None
+        self.streams = None
         if streams is not None:
             self.streams = check_count("streams", streams, minimum=1, maximum=MAX_STREAMS)
-        if max_bytes is not None:
-            self.max_bytes = check_count("max_bytes", max_bytes)
-        shown = progress if isinstance(progress, bool) else False
-        self.events = ProgressOptions(on_progress, shown)
-        self.progress: Callable[[str, int, int], object] | None = None
-        if not isinstance(progress, bool):
-            check_callback("progress", progress, 3)
-            self.progress = progress
+        self.events = ProgressOptions(on_progress, progress is True)
+        self.progress = None if isinstance(progress, bool) else progress
+        check_callback("progress", self.progress, 3)
         self.timeout = check_number("timeout", timeout, above=True, unit="seconds")
         self.deadline = check_optional_number("deadline", deadline, above=True, unit="seconds")
 
@@ -125,8 +119,9 @@ class DownloadOptions(TransferOptions):
             the content of a directory.
     """
 
-    def __init__(self, remote: Any, local: Any, **given: Any) -> None:
+    def __init__(self, remote: Any, local: Any, *, max_bytes: Any, **given: Any) -> None:
         super().__init__(local, remote, **given)
+        self.max_bytes = None if max_bytes is None else check_count("max_bytes", max_bytes)
         here = os.fsdecode(os.path.expanduser(self.local))
         name = os.fsdecode(self.remote.rstrip(b"/").rpartition(b"/")[2])
         content = is_content(self.remote) or self.remote == b"~"
@@ -143,28 +138,21 @@ def is_content(path: bytes) -> bool:
 
 def check_path(name: str, value: Any) -> bytes:
     """Check a path, and return it as bytes."""
-    if not isinstance(value, (str, bytes, os.PathLike)):
-        raise TypeError(f"{name} must be a path, not {short_repr(value)}")
-    try:
-        path = os.fsencode(value)
-    except UnicodeEncodeError:
-        raise ValueError(f"{name} has a character that is not allowed in a path") from None
-    if not path or b"\0" in path:
-        raise ValueError(f"{name} must not be empty or hold a NUL: {short_repr(path)}")
-    check_local_path(name, path)  # no host allows longer ones
+    check_type(name, value, "a path", str, bytes, os.PathLike)
+    check_local_path(name, value)  # no host allows longer ones
+    path = os.fsencode(value)
+    if not path:
+        raise ValueError(f"{name} must not be empty")
     return path
 
 
 class UploadOptions(TransferOptions):
     """Check the arguments of an upload."""
 
-    def __init__(
-        self, local: Any, remote: Any, *, preview: Any = False, delete: Any = False, **given: Any
-    ) -> None:
+    def __init__(self, local: Any, remote: Any, *, preview: Any, delete: Any, **given: Any) -> None:
         super().__init__(local, remote, **given)
-        folder = re.sub(rb"(/+\.?)+$", b"", self.source)
-        if folder != self.source:  # it ends with "/", "//" or "/."
-            self.source = folder + b"/"
+        self.content = is_content(self.local)
+        self.source = re.sub(rb"(/+\.?)+\Z", b"/", self.source)
         self.preview = check_bool("preview", preview)
         self.delete: bool | frozenset[bytes] = False
         if isinstance(delete, TransferResult) and delete.deletes is not None and not preview:
@@ -182,7 +170,7 @@ class UploadOptions(TransferOptions):
 def check_upload(local: Any, remote: Any, **given: Any) -> tuple[UploadOptions, LocalTree]:
     """Check the arguments of an upload, and find the files to send."""
     options = UploadOptions(local, remote, **given)
-    tree = LocalTree(os.path.expanduser(options.local), options.symlinks, options.excluded)
+    tree = LocalTree(os.path.expanduser(options.local), options.symlinks, options.excludes)
     if options.delete is not False and not tree.is_folder:
         raise ValueError("delete is for the upload of a directory, and local is a file")
     return options, tree
@@ -196,7 +184,7 @@ def upload_connections(options: UploadOptions, tree: LocalTree) -> int:
     return next((count for least, count in UPLOAD_CONNECTIONS if size >= least), 1)
 
 
-class StoppedError(Exception):
+class StoppedError(SSHError):
     """Stop a worker after another one has failed; used only within a transfer."""
 
 
@@ -252,8 +240,6 @@ class Transfer:
                 self.options.events.reporting() as self._report,
             ):
                 yield
-        except TransferError:
-            raise
         except failures as error:
             # The text of a plain SSHError is the whole reason: its traceback would only be noise.
             raise self._failure(error) from (None if type(error) is SSHError else error)
@@ -305,22 +291,63 @@ class Transfer:
         with self._lock:
             running = list(self._running)
         for script in running:
-            script.hurry()
+            script.channel.timeout = min(script.channel.timeout, LAST_PATIENCE)
             if script is not but:
                 script.close()
 
+    def give_up(self, control: RemoteScript | None = None) -> None:
+        """Stop all workers, and wait until ``control`` has removed the data on the host."""
+        self.stop(but=control)
+        self.join_workers()
+        if control is None:
+            return
+        control.end()
+        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
+        try:
+            with self.watchdog.limit(LAST_PATIENCE, control.close):
+                control.rest(MAX_LINE)
+        except failures as error:
+            if not self.options.resume:
+                logger.warning("a temporary file may stay on the host: %s", error)
+        finally:
+            control.close()
+
+    def leave_unchanged(
+        self, tree: Tree, find: Callable[[bytes], FileEntry | None],
+        different: Callable[[list[FileEntry]], list[FileEntry]],
+    ) -> None:  # fmt: skip
+        """Remove the files that the target already has, if ``skip_unchanged`` asks for that.
+
+        Parameters:
+            find: returns the entry of the target with a name, if there is one.
+            different: returns those of the files whose content differs.
+        """
+        how = self.options.skip_unchanged
+        same = []
+        for entry in tree.files if how else ():
+            found = find(entry.name)
+            if found is not None and (found.kind, found.size) == ("f", entry.size):
+                same_time = whole_seconds(found.mtime) == whole_seconds(entry.mtime)
+                if same_time or how == "checksum":
+                    same.append(entry)
+        names = {entry.name for entry in same}
+        if how == "checksum" and same:
+            names -= {entry.name for entry in different(same)}
+        tree.entries = [entry for entry in tree.entries if entry.name not in names]
+        self.unchanged = len(names)
+
     def different(
-        self, ranges: Iterable[tuple[FileEntry, int, int]],
-        place: Callable[[FileEntry], str | Path], setup: str = "", **values: Any,
+        self, ranges: Iterable[FileRange], place: Callable[[FileEntry], str | Path],
+        setup: str = "", **values: Any,
     ) -> Iterator[FileEntry]:  # fmt: skip
-        """Yield the file of each range (file, start, size) whose SHA-256 on the host differs.
+        """Yield the file of each range whose SHA-256 on the host differs.
 
         Parameters:
             place: returns the local path of a file.
             setup: shell commands that set ``path``, if it is not in ``values``.
         """
-        small: list[tuple[FileEntry, int, int]] = []
-        chunks: list[tuple[FileEntry, int, int]] = []
+        small: list[FileRange] = []
+        chunks: list[FileRange] = []
         for entry, start, size in ranges:
             if entry.name and size == entry.size < SMALL_FILE:
                 small.append((entry, start, size))
@@ -357,8 +384,6 @@ class Transfer:
             ssh = self.pool.get(number)
             if ssh is not None:
                 work(ssh)
-        except StoppedError:
-            pass
         except BaseException as error:
             failure = error
         self._events.put((None, failure))
@@ -381,6 +406,7 @@ class Transfer:
             elif more is not None and failure is None:
                 failure = more
                 self.stop()
+        self.join_workers()
         if failure is not None:
             raise failure
 
@@ -433,8 +459,7 @@ class Transfer:
         """Describe an error of the host or the connection: the file, how far, and why."""
         entry = getattr(error, "entry", None)
         if entry is None:
-            name, done = printable(self.name), sum(self._done.values())
-            total = self.total
+            name, done, total = printable(self.name), self._all_done, self.total
         else:
             name, done, total = self._shown(entry), self._done.get(entry.name, 0), entry.size
         why = printable(str(error) or type(error).__name__, 500)

@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from clore_client.errors import SSHError
 from clore_client.log import logger
@@ -28,17 +28,12 @@ from clore_client.ssh.transfer.entry import (
     parse_listing,
     part_token,
     plan_portions,
-    same_files,
     tar_header,
     whole_seconds,
 )
-from clore_client.ssh.transfer.remote_script import (
-    LAST_PATIENCE,
-    MAX_LINE,
-    NoShellError,
-    RemoteScript,
-)
+from clore_client.ssh.transfer.remote_script import NoShellError, RemoteScript
 from clore_client.ssh.transfer.scripts import (
+    CHECK_TOOLS,
     CONTROL,
     DIFFERS,
     LIST_TARGET,
@@ -50,13 +45,8 @@ from clore_client.ssh.transfer.scripts import (
     script_text,
 )
 from clore_client.ssh.transfer.sftp import SftpUpload, sftp_session
-from clore_client.ssh.transfer.transfer import (
-    Transfer,
-    UploadOptions,
-    is_content,
-    upload_connections,
-)
-from clore_client.ssh.transport import NoChannelError, connection_errors
+from clore_client.ssh.transfer.transfer import FileRange, Transfer, UploadOptions
+from clore_client.ssh.transport import NoChannelError
 
 # sshd has a window of 2 MB for each channel, and allows ten channels on a connection. If the round
 # trip is long, more channels make an upload faster.
@@ -69,8 +59,8 @@ MODE_LINES = 500  # files whose modes the host sets within the timeout
 def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) -> TransferResult:
     """Upload; see ``CloreClient.upload``."""
     options, tree = checked
-    name = os.path.basename(os.path.abspath(tree.path))
-    transfer = Transfer(pool, options, os.fsdecode(name) or "/", "upload")
+    name = os.fsdecode(os.path.basename(tree.whole)) or "/"
+    transfer = Transfer(pool, options, name, "upload")
     transfer.total = tree.size
     for left_out, why in tree.left_out:
         transfer.leave_out(left_out, why)
@@ -79,19 +69,17 @@ def upload_path(pool: ConnectionPool, checked: tuple[UploadOptions, LocalTree]) 
     return transfer.result(path, tree.files)
 
 
-def _upload(transfer: Transfer, tree: LocalTree) -> bytes:
+def _upload(transfer: Transfer, tree: LocalTree, careful: bool = False) -> bytes:
     """Upload with the host's shell, or else over SFTP; return the path on the host."""
-    careful = False
-    while True:
-        try:
-            return _compare_and_send(transfer, tree, Upload(transfer, tree, careful))
-        except (NoShellError, NoChannelError) as error:
-            transfer.restart()
-            if careful or isinstance(error, NoShellError):
-                logger.warning("the upload uses SFTP, which is slower: %s", error)
-                with sftp_session(transfer) as remote:
-                    return _compare_and_send(transfer, tree, SftpUpload(transfer, tree, remote))
-            careful = True
+    try:
+        return _compare_and_send(transfer, tree, Upload(transfer, tree, careful))
+    except (NoShellError, NoChannelError) as error:
+        transfer.restart()
+        if not careful and isinstance(error, NoChannelError):
+            return _upload(transfer, tree, careful=True)
+        logger.warning("the upload uses SFTP, which is slower: %s", error)
+        with sftp_session(transfer) as remote:
+            return _compare_and_send(transfer, tree, SftpUpload(transfer, tree, remote))
 
 
 def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | SftpUpload) -> bytes:
@@ -103,10 +91,8 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
     by_name = there.by_name
     deletes: list[bytes] = []
     if options.delete is not False:
-        transfer.deletes = deletes = _extra_names(tree, by_name, options)
-    same = same_files(tree.files, options, lambda e: by_name.get(e.name), sender.different)
-    tree.drop_files(same)
-    transfer.unchanged = len(same)
+        transfer.deletes = deletes = _extra_names(tree, there, options.delete)
+    transfer.leave_unchanged(tree, by_name.get, sender.different)
     transfer.total = tree.size
     if options.preview or not (tree.is_folder or tree.files):
         return path
@@ -116,27 +102,22 @@ def _compare_and_send(transfer: Transfer, tree: LocalTree, sender: Upload | Sftp
     return path
 
 
-def _extra_names(tree: LocalTree, there: dict[bytes, FileEntry], options: Any) -> list[bytes]:
-    """Return the names that only the target has, deepest first.
+def _extra_names(
+    tree: LocalTree, there: RemoteTree, delete: Literal[True] | frozenset[bytes]
+) -> list[bytes]:
+    """Return the names that only the target has, deepest first: those in ``delete``, or all.
 
     Names that match ``exclude``, or that the upload left out, are not returned.
     """
-    here = {entry.name for entry in tree.entries}
     left_out = {name for name, _ in tree.left_out}
-    excludes = options.excluded or (lambda *_: False)
-    kept: set[bytes] = {b""}
-    for name, entry in there.items():
+    stay = {b"", *there.excluded, *left_out, *(entry.name for entry in tree.entries)}
+    kept: set[bytes] = set()
+    for name in [*there.by_name, *there.excluded]:
         parts = name.split(b"/")
         above = [b"/".join(parts[:n]) for n in range(1, len(parts))]
-        if (
-            name in here
-            or not left_out.isdisjoint([*above, name])
-            or excludes(name, entry.kind == "d")
-            or any(excludes(folder, True) for folder in above)
-        ):
+        if name in stay or not left_out.isdisjoint(above):
             kept.update(above, [name])
-    listed = None if options.delete is True else options.delete
-    names = [n for n in there if n not in kept and (listed is None or n in listed)]
+    names = [n for n in there.by_name if n not in kept and (delete is True or n in delete)]
     return sorted(names, reverse=True)
 
 
@@ -150,21 +131,18 @@ class Upload:
         careful: start the workers after CONTROL, which needs a channel first.
     """
 
-    def __init__(self, transfer: Transfer, tree: LocalTree, careful: bool = False) -> None:
+    def __init__(self, transfer: Transfer, tree: LocalTree, careful: bool) -> None:
+        options = self._options = transfer.options
         self._transfer = transfer
-        self._careful = careful or tree.is_folder or transfer.options.resume or transfer.takes_turns
-        self._options: Any = transfer.options
-        options = self._options
+        self._careful = careful or tree.is_folder or options.resume or transfer.takes_turns
         self._tree = tree
-        whole = os.path.abspath(tree.path)
-        kind = "d" if tree.is_folder else "f"
-        content = is_content(options.local)
-        token = part_token(options.resume, kind, content, whole, options.remote)
+        kind, content = tree.root.kind, options.content
+        token = part_token(options.resume, kind, content, tree.whole, options.remote)
         self._token = token.encode()
         self._values: dict[str, Any] = {
             "f": options.source,
             "content": int(content),
-            "name": os.path.basename(whole) or b".",
+            "name": os.path.basename(tree.whole) or b".",
             "kind": kind,
             "token": token,
             "keep": int(options.resume),
@@ -173,33 +151,30 @@ class Upload:
         self._control: RemoteScript | None = None
         self._lock = threading.Lock()
 
-    def _script(self, verb: str, body: str, **values: Any) -> RemoteScript:
-        text = script_text(verb, body, look=1, **self._values, **values)
+    def _script(self, verb: str, *parts: str, **values: Any) -> RemoteScript:
+        text = script_text(verb, *parts, **self._values, **values)
         return self._transfer.script(self._transfer.pool.ssh, text)
 
     def listing(self) -> tuple[bytes, RemoteTree]:
         """Return the path of the target, and its entries."""
-        with self._script("look", LIST_TARGET) as script:
+        with self._script("look", CHECK_TOOLS, TARGET, LIST_TARGET) as script:
             path = script.answer(b"target")
-            return path, parse_listing(script.until(self._token, MAX_ANSWER), MAX_FILES)
+            listed = script.until(self._token, MAX_ANSWER)
+            return path, parse_listing(listed, MAX_FILES, self._options.excludes)
 
     def different(self, files: list[FileEntry]) -> list[FileEntry]:
         """Return those of the files whose content differs on the host."""
         ranges = [(entry, 0, entry.size) for entry in files]
         return list(self._different(ranges, "path=$f\n"))
 
-    def _different(
-        self, ranges: Iterable[tuple[FileEntry, int, int]], setup: str
-    ) -> Iterator[FileEntry]:
-        return self._transfer.different(
-            ranges, self._tree.place, TARGET + setup, look=1, **self._values
-        )
+    def _different(self, ranges: Iterable[FileRange], setup: str) -> Iterator[FileEntry]:
+        return self._transfer.different(ranges, self._tree.place, TARGET + setup, **self._values)
 
     def remove(self, files: list[bytes], folders: list[bytes]) -> None:
         """Remove files, and directories if they are empty, in this order."""
         for what, names in (("f", files), ("d", folders)):
             if names:
-                with self._script("remove", REMOVE, what=what) as script:
+                with self._script("remove", TARGET, REMOVE, what=what) as script:
                     script.send_names(names)
                     script.answer(b"removed")
 
@@ -211,13 +186,9 @@ class Upload:
             if not self._careful:
                 self._plan(set())
                 self._start()
-            control = self._control = transfer.script(
-                transfer.pool.ssh, self._control_script(), patient=self._careful
-            )
-            umask, done = self._ready(control)
-            if self._careful:
-                self._prepare(control, umask, done)
-                self._start()
+            script, patient = self._control_script(), self._careful
+            control = self._control = transfer.script(transfer.pool.ssh, script, patient=patient)
+            self._begin(control)
             transfer.finish_workers()
             self._check_sent(control)
             if self._tree.is_folder:
@@ -228,54 +199,34 @@ class Upload:
             control.finish()
             return path
         except BaseException:
-            transfer.stop(but=self._control)
-            transfer.join_workers()
-            self._tidy()
+            transfer.give_up(self._control)
             raise
-        finally:
-            transfer.join_workers()
-            if self._control is not None:
-                self._control.close()
 
     def _control_script(self) -> bytes:
-        tree = self._tree
-        size = 0 if tree.is_folder else tree.files[0].size
+        root = self._tree.root
         return script_text(
-            "upload", CONTROL, **self._values, look=0, preserve=int(self._options.preserve),
-            size=size, mode=f"{tree.mode:o}", time=touch_time(tree.mtime),
-            owner=os.urandom(8).hex(),
+            "upload", CHECK_TOOLS, TARGET, CONTROL, **self._values,
+            preserve=int(self._options.preserve), size=root.size, mode=f"{root.mode:o}",
+            time=touch_time(root.mtime), owner=os.urandom(8).hex(),
         )  # fmt: skip
 
-    def _tidy(self) -> None:
-        """Let the host remove the received data, and wait until it has done so."""
-        if self._control is None:
-            return
-        self._control.end()
-        failures: tuple[type[Exception], ...] = (SSHError, *connection_errors())
-        try:
-            with self._transfer.watchdog.limit(LAST_PATIENCE, self._control.close):
-                self._control.rest(MAX_LINE)
-        except failures as error:
-            if not self._options.resume:
-                logger.warning("a temporary file may stay on the host: %s", error)
-
-    def _ready(self, control: RemoteScript) -> tuple[int, set[str]]:
-        """Wait for the host; return its umask, and the keys of what an earlier upload sent."""
+    def _begin(self, control: RemoteScript) -> None:
+        """Wait for the host; plan what an earlier upload has left, and start the workers."""
         umask = control.answer(b"ready")
         if not re.fullmatch(rb"[0-7]{1,5}", umask):
             raise control.refused(b"ready " + umask)
-        lines = control.until(self._token, MAX_ANSWER)
-        return int(umask, 8), set(lines.decode("ascii", "replace").split())
-
-    def _prepare(self, control: RemoteScript, umask: int, done: set[str]) -> None:
-        if not self._options.preserve and self._tree.is_folder:
+        done = set(control.until(self._token, MAX_ANSWER).decode("ascii", "replace").split())
+        if not self._careful:
+            return
+        if not self._options.preserve:
             for entry in self._tree.entries:
-                entry.mode &= ~umask
+                entry.mode &= ~int(umask, 8)
         self._plan(done)
         if len(self._earlier) < len(done):  # the source has changed
             control.send(b"restart\nsync\n")
             control.answer(self._token)
             self._plan(set())
+        self._start()
 
     def _plan(self, done: set[str]) -> None:
         self._portions = plan_portions(self._tree, self._options.resume)
@@ -288,7 +239,7 @@ class Upload:
         channels = RESUMABLE_CHANNELS if options.resume else UPLOAD_CHANNELS
         if transfer.near:
             channels = 1
-        connections = upload_connections(options, self._tree)
+        connections = transfer.pool.size
         if (transfer.near and options.streams is None) or options.resume:
             connections = 1
         self._workers = min(len(self._left), connections * channels)
@@ -301,7 +252,7 @@ class Upload:
         how, hashes = "op" if self._options.preserve else "opm", int(self._hashes)
         # Two dd that write holes into one file can shorten it.
         conv = "notrunc,sparse" if self._workers == 1 else "notrunc"
-        script = script_text("put", PUT, **self._values, look=0, how=how, hash=hashes, conv=conv)
+        script = script_text("put", TARGET, PUT, **self._values, how=how, hash=hashes, conv=conv)
         with self._transfer.script(ssh, script) as put:
             sent: list[tuple[Portion, bytes]] = []  # with digests, not confirmed yet
             while (portion := self._take()) is not None:
@@ -374,9 +325,8 @@ class Upload:
         """Compare what an earlier upload sent, and with ``verify`` all small files."""
         if self._left:
             raise NoChannelError("the host opened no further channel")
-        if not self._tree.is_folder and self._tree.files and not self._tree.files[0].size:
-            self._transfer.count(self._tree.files[0], 0)
-        earlier = list(_ranges(self._earlier))
+        if not self._tree.is_folder and not self._tree.root.size:
+            self._transfer.count(self._tree.root, 0)
         compared = self._earlier
         if self._options.verify:
             compared = [portion for portion in compared if portion.start is not None]
@@ -385,7 +335,7 @@ class Upload:
             with about(entry):
                 control.send(b"wipe\n")
                 raise SSHError(DIFFERS)
-        for entry, _, size in earlier:
+        for entry, _, size in _ranges(self._earlier):
             self._transfer.count(entry, size)
 
     def _check_tree(self, control: RemoteScript) -> None:
@@ -415,8 +365,8 @@ class Upload:
                 control.answer(self._token)
 
 
-def _ranges(portions: list[Portion]) -> Iterator[tuple[FileEntry, int, int]]:
-    """Yield the ranges (file, start, size) of portions."""
+def _ranges(portions: list[Portion]) -> Iterator[FileRange]:
+    """Yield the ranges of portions."""
     for portion in portions:
         for entry in portion.entries:
             if portion.start is not None:
