@@ -1274,7 +1274,7 @@ class CloreClient(HTTPClient):
         from clore_client.ssh.access import SSHAccess
 
         if self._ssh_access is None:
-            self._ssh_access = SSHAccess(self, self._orders, self._state_folder, self._host_history)
+            self._ssh_access = SSHAccess(self._orders, self._state_folder, self._host_history)
         return self._ssh_access
 
     @staticmethod

@@ -11355,13 +11355,13 @@ _ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
 
 def check_host_key(value: Any) -> str:
     """Check that a value is ``"pin"``, ``"accept"``, or a fingerprint."""
-    text = isinstance(value, str)
-    if text and re.fullmatch(r"pin|accept|SHA256:[A-Za-z0-9+/]{43}=?", value):
-        return str(value).rstrip("=")
-    raise (ValueError if text else TypeError)(
-        "host_key must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
-        f"`ssh-keygen -l` prints it, not {short_repr(value)}"
-    )
+    text = str(check_string("host_key", value))
+    if not re.fullmatch(r"pin|accept|SHA256:[A-Za-z0-9+/]{43}=?", text):
+        raise ValueError(
+            "host_key must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
+            f"`ssh-keygen -l` prints it, not {short_repr(text)}"
+        )
+    return text.rstrip("=")
 
 
 class HostKeys:
@@ -11387,7 +11387,9 @@ class HostKeys:
         """Return the pinned keys of a host: their type and base64, as in ``known_hosts``."""
         if alias in self._seen:
             return self._seen[alias]
-        return [pin for names, pin in self._lines() if _has_alias(names, alias)]
+        with contextlib.suppress(OSError):
+            return [pin for line in self._lines() if (pin := _pin_in(line, alias))]
+        return []
 
     def keep(self, alias: str, pin: str) -> None:
         """Pin a key instead of all others of the host."""
@@ -11403,34 +11405,14 @@ class HostKeys:
             self._rewrite(alias, None)
         return known
 
-    def make_folder(self) -> None:
-        """Make the state folder, so that OpenSSH can pin a key there."""
-        if self.path is not None:
-            try:
-                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            except OSError as error:
-                logger.warning("host keys can't be kept for the next process: %s", error)
-
-    def _lines(self) -> Iterator[tuple[str, str]]:
-        try:
-            text = self._text()
-        except OSError:
-            return
-        for line in text.splitlines():
-            words = line.split()
-            if len(words) >= 3 and not words[0].startswith(("#", "@")):
-                pin = f"{words[1]} {words[2]}"
-                if public_key_fingerprint(pin):
-                    yield words[0], pin
-
-    def _text(self) -> str:
+    def _lines(self) -> list[str]:
         if self.path is None:
-            return ""
+            return []
         try:
             with open(self.path, encoding="utf-8", errors="replace") as file:
-                return file.read(MAX_PINS_SIZE)
+                return file.read(MAX_PINS_SIZE).splitlines()
         except FileNotFoundError:
-            return ""
+            return []
 
     def _rewrite(self, alias: str, pin: str | None) -> None:
         """Replace the lines of a host in the file; only warn if that fails."""
@@ -11438,11 +11420,7 @@ class HostKeys:
             return
         try:
             with locked_path(self.path, LOCK_PATIENCE):
-                lines = [
-                    line
-                    for line in self._text().splitlines()
-                    if line.strip() and not _has_alias(line.split()[0], alias)
-                ]
+                lines = [line for line in self._lines() if not _has_alias(line, alias)]
                 if pin is not None:
                     lines.append(f"{alias} {pin}")
                 replace_file(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
@@ -11450,8 +11428,15 @@ class HostKeys:
             logger.warning("host keys can't be kept for the next process: %s", error)
 
 
-def _has_alias(names: str, alias: str) -> bool:
+def _pin_in(line: str, alias: str) -> str | None:
+    """Return the key in a line if the line is for a host."""
+    pin = " ".join(line.split()[1:3])
+    return pin if _has_alias(line, alias) and public_key_fingerprint(pin) else None
+
+
+def _has_alias(line: str, alias: str) -> bool:
     """Check if the first word of a line names a host; OpenSSH may have hashed it."""
+    names = line.partition(" ")[0]
     if not names.startswith("|1|"):
         return alias in names.split(",")
     try:
@@ -11520,7 +11505,7 @@ class KeyCheck:
         )
 
 
-def private_key_of(fingerprint: str) -> tuple[Path | None, Any]:
+def private_key_of(fingerprint: str) -> tuple[str | None, Any]:
     """Return the private key with a fingerprint.
 
     Returns:
@@ -11536,13 +11521,11 @@ def private_key_of(fingerprint: str) -> tuple[Path | None, Any]:
         return None, None
     for path in paths:
         if _file_fingerprint(path) == fingerprint:
-            return path, None
+            return str(path), None
     return None, None
 
 
 def _agent_keys() -> tuple[Any, ...]:
-    if not os.environ.get("SSH_AUTH_SOCK") and os.name != "nt":
-        return ()
     try:
         return tuple(import_paramiko().Agent().get_keys())
     except Exception as error:
@@ -11566,7 +11549,7 @@ def _file_fingerprint(path: Path) -> str | None:
 
 def _text_of(path: Path) -> str:
     try:
-        if not path.is_file():
+        if not path.is_file():  # opening a pipe would block
             return ""
         with open(path, encoding="ascii", errors="replace") as file:
             return file.read(LONGEST_KEY_FILE)
@@ -11849,11 +11832,12 @@ def parse_digests(text: bytes, count: int) -> list[str]:
 DEFAULT_USER = "root"
 DEFAULT_PORT = 22
 PLAIN_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
+_OPTION = r"(?<!\S)-([pl]) ?(\S+)"
 
 
 def parse_ssh_command(order: Any) -> dict[str, Any]:
     """Read host, port and user; see ``CloreClient.parse_ssh_connection``."""
-    raw = _ssh_line(order)
+    raw = text_of(order, "connection", "ssh") or ""
     host, port, user = parse_address(raw)
     return {"host": host, "port": port, "user": user if plain_user(user) else DEFAULT_USER,
             "raw": raw}  # fmt: skip
@@ -11865,43 +11849,25 @@ def plain_address(order: Order) -> dict[str, Any]:
     user = parse_address(address["raw"])[2]
     if address["host"] and (not user or plain_user(user)):
         return address
-    status = order.get("status")
     raise SSHError(
         f"the order has no address for SSH, or no plain one: connection.ssh is "
-        f"{short_repr(address['raw'])}, status {short_repr(status)}; "
+        f"{short_repr(address['raw'])}, status {short_repr(order.status)}; "
         "wait_for_order() returns an order that has one"
     )
-
-
-def _ssh_line(order: Any) -> str:
-    connection = order.get("connection") if isinstance(order, Mapping) else None
-    raw = connection.get("ssh") if isinstance(connection, Mapping) else None
-    return raw if isinstance(raw, str) else ""
 
 
 def parse_address(raw: str) -> tuple[str, int, str]:
     """Return the host, or "" if it is not a plain one, the port, and the unchecked user."""
     words = raw.split()
-    if words[:1] == ["ssh"]:
-        words = words[1:]
-    target, port, user = "", DEFAULT_PORT, ""
-    while words:
-        word = words.pop(0)
-        if word in ("-p", "-l") and words:
-            value = words.pop(0)
-            if word == "-l":
-                user = value
-            else:
-                port = _port_number(value)
-        elif word.startswith("-p"):
-            port = _port_number(word[2:])
-        elif word.startswith("-") or target:
-            # An option that could run a program here, or a command.
-            return "", DEFAULT_PORT, ""
-        else:
-            target = word
-    named, at, host = target.rpartition("@")
-    user = named if at else user
+    line = " ".join(words[1:] if words[:1] == ["ssh"] else words)
+    # No other options, which could run a program here, and no command.
+    found = re.fullmatch(rf"({_OPTION} )*(?P<target>[^- ]\S*)( {_OPTION})*", line)
+    if found is None:
+        return "", DEFAULT_PORT, ""
+    options = dict(re.findall(_OPTION, line))
+    port = _port_number(options.get("p", ""))
+    named, at, host = found["target"].rpartition("@")
+    user = named if at else options.get("l", "")
     if host.startswith("[") and "]" in host:
         host, _, rest = host[1:].partition("]")
         port = _port_number(rest[1:]) if rest[:1] == ":" else port
@@ -12002,8 +11968,8 @@ class OpenSSH:
         self._order_id = order.id
         self._pins = pins
         self._alias = pins.alias(order.id, self._address)
-        self._key = None if key_path is None else _whole_path(key_path)
-        self._in_file = pins.path is not None and bool(order.id)
+        self._key = None if key_path is None else whole_key_path(key_path)
+        self._file = pins.path if order.id else None
 
     def terminal_line(self) -> str:
         """Return a command line; see ``CloreClient.ssh_command``."""
@@ -12025,11 +11991,8 @@ class OpenSSH:
         """Return an entry for ``~/.ssh/config``; see ``CloreClient.ssh_config``."""
         name = name or (f"clore-{self._order_id}" if self._order_id else "clore")
         address = self._address
-        lines = [
-            ("HostName", address["host"]),
-            ("Port", address["port"]),
-            ("User", address["user"]),
-        ]
+        lines = [("HostName", address["host"]), ("Port", str(address["port"]))]
+        lines += [("User", address["user"])]
         if self._key is not None:
             lines += [("IdentityFile", _config_path(self._key)), ("IdentitiesOnly", "yes")]
         lines += self._host_key()
@@ -12040,11 +12003,9 @@ class OpenSSH:
         words = ["ssh", "-p", str(self._address["port"])]
         if self._key is not None:
             # With -i, OpenSSH looks for the file both with and without expanding % signs.
-            plain = _unexpanded(self._key) == self._key
-            words += ["-i", self._key] if plain else [
-                "-o", f"IdentityFile={_config_path(self._key)}"
-            ]  # fmt: skip
-        if self._in_file and self._pins.of(self._alias):
+            option = f"IdentityFile={_config_path(self._key)}"
+            words += ["-o", option] if "%" in self._key else ["-i", self._key]
+        if self._file is not None and self._pins.of(self._alias):
             for name, value in self._host_key():
                 words += ["-o", f"{name}={value}"]
         return words
@@ -12053,10 +12014,10 @@ class OpenSSH:
         """Return options to accept only the pinned key, or else to pin the first one seen."""
         known = self._pins.of(self._alias)
         strict = ("StrictHostKeyChecking", "yes" if known else "accept-new")
-        if self._in_file:
-            if not known:
-                self._pins.make_folder()
-            file = _config_path(str(self._pins.path))
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # OpenSSH will say that it can't pin a key there
+                self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = _config_path(str(self._file))
             return [("HostKeyAlias", self._alias), ("UserKnownHostsFile", file),
                     ("GlobalKnownHostsFile", "none"), ("UpdateHostKeys", "no"), strict]  # fmt: skip
         if not known:  # without a state folder, nothing is kept between two logins
@@ -12083,30 +12044,22 @@ def _rsync_word(word: str) -> str:
     return '"' + word.replace('"', '""') + '"'
 
 
-def _whole_path(path: Any) -> str:
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"key_path must be a path, not {short_repr(path)}")
+def whole_key_path(path: Any) -> str:
+    """Check the path of a private key, and return it as an absolute path."""
+    if not isinstance(path, os.PathLike):
+        check_text("key_path", path)
     check_local_path("key_path", path)
-    return str(os.path.abspath(os.path.expanduser(os.fspath(path))))
-
-
-def _unexpanded(path: str) -> str:
-    """Escape % signs, which OpenSSH would expand in a path."""
-    if "\n" in path or "${" in path:
-        raise ValueError(
-            "key_path or state_dir: OpenSSH can't use a path with a newline or '${': "
-            f"{short_repr(path)}"
-        )
-    return path.replace("%", "%%")
+    return str(os.path.abspath(os.path.expanduser(path)))
 
 
 def _config_path(path: str) -> str:
     """Escape and quote a path for a configuration file."""
-    if '"' in path:
+    if re.search(r"[\"\n]|\$\{", path):
         raise ValueError(
-            f"key_path or state_dir: OpenSSH can't use a path with '\"': {short_repr(path)}"
+            "key_path or state_dir: OpenSSH can't use a path with a newline, '\"' or '${': "
+            f"{short_repr(path)}"
         )
-    escaped = _unexpanded(path).replace("\\\\", "\\\\\\\\")
+    escaped = path.replace("%", "%%").replace("\\\\", "\\\\\\\\")
     return f'"{escaped}"' if re.search(r"[\s'#]", escaped) else escaped
 
 
@@ -12132,32 +12085,24 @@ class Login:
 
     Parameters:
         address: of the host, as ``plain_address`` returns it.
+        options: those of ``LOGIN_DEFAULTS``, and ``timeout``, in seconds.
         agent_key: a key of the SSH agent, or None.
         on_failure: called with the error of a failed login; may raise a better one.
     """
 
     def __init__(
-        self,
-        address: dict[str, Any],
-        keys: KeyCheck,
-        timeout: float,
-        agent_key: Any,
+        self, address: dict[str, Any], keys: KeyCheck, options: dict[str, Any], agent_key: Any,
         on_failure: Callable[[BaseException], None],
-        *,
-        password: str | None,
-        key_path: str | os.PathLike[str] | None,
-        passphrase: str | None,
-        wait: float,
-        use_ssh_config: bool,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.address = address
         self.where = "{user}@{host}:{port}".format(**self.address)
-        if passphrase is not None and key_path is None and agent_key is None:
+        self.password = options["password"]
+        self.key_path = None if self.password else options["key_path"]
+        passphrase = options["passphrase"]
+        if passphrase is not None and options["key_path"] is None and agent_key is None:
             raise ValueError("passphrase is for the key of key_path, and there is none")
-        self.password = password
-        self.key_path = None if key_path is None or password else os.path.expanduser(key_path)
-        self.timeout = timeout
-        self.wait = wait
+        self.timeout: float = options["timeout"]
+        self.wait = options["wait"]
         self.keys = keys
         self.on_failure = on_failure
         self._paramiko = import_paramiko()
@@ -12165,7 +12110,7 @@ class Login:
         self.key = agent_key
         if self.key_path is not None:
             self.key = self._read_key(self.key_path, passphrase)
-        self._config = HostConfig(self.address, use_ssh_config)
+        self._config = HostConfig(self.address, options["use_ssh_config"])
         self._tried = False
 
     def _read_key(self, path: str, passphrase: str | None) -> Any:
@@ -12232,7 +12177,8 @@ class Login:
             self._log_in(ssh)
             keep_alive(ssh.get_transport())
         except BaseException:
-            _give_up(ssh)
+            _break_off(ssh)
+            ssh.close()
             raise
         return ssh  # type: ignore[no-any-return]
 
@@ -12253,21 +12199,14 @@ class Login:
         hops: list[Any] = []
         try:
             ssh.connect(
-                self.address["host"],
-                port=self.address["port"],
-                username=self.address["user"],
-                password=self.password,
-                pkey=self.key,
-                timeout=self._connect_timeout(),
-                banner_timeout=self.timeout,
-                auth_timeout=self.timeout,
-                channel_timeout=self.timeout,
+                self.address["host"], self.address["port"], self.address["user"],
+                password=self.password, pkey=self.key, allow_agent=plain, look_for_keys=plain,
                 key_filename=self._config.identities or None if plain else None,
-                allow_agent=plain,
-                look_for_keys=plain,
+                timeout=self._connect_timeout(), banner_timeout=self.timeout,
+                auth_timeout=self.timeout, channel_timeout=self.timeout,
                 sock=self._config.connect_jump_hosts(hops, self.timeout),
                 transport_factory=functools.partial(self._transport, hops),
-            )
+            )  # fmt: skip
         except BaseException:
             for hop in hops:
                 hop.close()
@@ -12276,13 +12215,12 @@ class Login:
     def _connect_timeout(self) -> float:
         """Return the TCP timeout. The first is short, so that the order can be checked early."""
         first, self._tried = not self._tried, True
-        return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
+        return min(self.timeout, FIRST_CONNECT) if first and self.wait else self.timeout
 
     def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
         transport.auth_interactive_dumb = self._refuse_questions
-        if hops:
-            close_after(transport, hops)
+        close_after(transport, hops)
         return transport
 
     def _refuse_questions(self, *_: Any) -> None:
@@ -12311,8 +12249,6 @@ class Login:
             failure = SSHError(self._refusal(ssh, error))
             failure.reason = "refused"
             return failure
-        if isinstance(error, socket.gaierror):
-            return NotUpYetError(f"the host name is not known ({text})")
         if isinstance(error, EOFError):
             return NotUpYetError("it closed the connection")
         if isinstance(error, OSError) or any(part in lower for part in ("banner", "reset", "eof")):
@@ -12358,12 +12294,6 @@ def _break_off(ssh: Any) -> None:
     transport = ssh.get_transport()
     if transport is not None:
         transport.close()
-
-
-def _give_up(ssh: Any) -> None:
-    transport = ssh.get_transport()
-    ssh.close()
-    if transport is not None:
         transport.packetizer.complete_handshake()  # ends paramiko's timer
 
 
@@ -12372,24 +12302,20 @@ class ConnectionPool:
 
     Parameters:
         login: for new connections; None if ``ssh`` is used.
+        on_failure: called with an error if a connection broke; may raise a better one.
         ssh: the caller's connection.
         size: the highest number of connections.
         eager: open all of them now, at the same time; else each one when it is needed.
-        on_failure: called with an error if ``ssh`` broke; may raise a better one.
     """
 
     def __init__(
-        self,
-        login: Login | None,
-        ssh: Any = None,
-        size: int = 1,
-        eager: bool = True,
-        on_failure: Callable[[BaseException], None] | None = None,
-    ) -> None:
-        self.size = size if login is not None else 1
+        self, login: Login | None, on_failure: Callable[[BaseException], None], ssh: Any = None,
+        size: int = 1, eager: bool = True,
+    ) -> None:  # fmt: skip
+        self.size = size
         self._eager = eager
-        self._login = login
-        self._on_failure = login.on_failure if login is not None else on_failure
+        self._login: Any = login
+        self._on_failure = on_failure
         self._opened: list[Any] = [ssh] + [None] * (self.size - 1)
         self._threads: dict[int, threading.Thread] = {}
         self._lock = threading.Lock()
@@ -12398,19 +12324,18 @@ class ConnectionPool:
     def __enter__(self) -> ConnectionPool:
         if self._login is not None:
             for number in range(1, self.size if self._eager else 1):
-                self._begin(self._login, number)
+                self._threads[number] = start_thread("login", self._open, number)
             try:
-                first = functools.partial(self._first, self._login)
-                self._opened[0] = self._login.open(first=first)
+                self._opened[0] = self._login.open(first=self._first)
             except BaseException:
                 self._close()
                 raise
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        lost = isinstance(error, SSHError) and not is_connected(self.ssh)
+        lost = not is_connected(self.ssh)
         self._close()
-        if lost and error is not None and self._on_failure is not None:
+        if lost and isinstance(error, SSHError):
             self._on_failure(error)
 
     @property
@@ -12431,10 +12356,10 @@ class ConnectionPool:
 
     def get(self, number: int) -> Any:
         """Wait for a connection and return it, or None if the host refuses so many."""
-        if number and self._login is not None:
+        if number:
             with self._lock:
                 if number not in self._threads:
-                    self._begin(self._login, number)
+                    self._threads[number] = start_thread("login", self._open, number)
             self._threads[number].join()
         return self._opened[number]
 
@@ -12444,10 +12369,10 @@ class ConnectionPool:
             if ssh is not None:
                 ssh.close()
 
-    def _first(self, login: Login) -> Any:
+    def _first(self) -> Any:
         """Open the first connection, or take another one if the host allows only one."""
         try:
-            return login.once()
+            return self._login.once()
         except NotUpYetError:
             for number, thread in self._threads.items():
                 thread.join()
@@ -12456,12 +12381,9 @@ class ConnectionPool:
                     return ssh
             raise
 
-    def _begin(self, login: Login, number: int) -> None:
-        self._threads[number] = start_thread("login", self._open, login, number)
-
-    def _open(self, login: Login, number: int) -> None:
+    def _open(self, number: int) -> None:
         try:
-            self._opened[number] = login.once()
+            self._opened[number] = self._login.once()
         except Exception as error:
             logger.debug("a further connection was refused: %s", error)
 
@@ -14426,17 +14348,12 @@ def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
                 f"{', '.join(sorted(LOGIN_DEFAULTS))}"
             )
     options = {**LOGIN_DEFAULTS, **given}
-    for name in ("key_path", "host_key"):  # not secret, and shown in errors
-        if isinstance(options[name], Secret):
-            options[name] = str(options[name])
     check_number("wait", options["wait"], infinite=True, unit="seconds")
     for name in ("password", "passphrase"):
         if options[name] is not None:
             check_text(name, options[name], secret=True)
     if options["key_path"] is not None:
-        if not isinstance(options["key_path"], os.PathLike):
-            check_text("key_path", options["key_path"])
-        check_local_path("key_path", options["key_path"])
+        options["key_path"] = whole_key_path(options["key_path"])
     check_bool("use_ssh_config", options["use_ssh_config"])
     options["host_key"] = check_host_key(options["host_key"])
     return options
@@ -14449,24 +14366,21 @@ def check_connection(ssh: Any) -> Any:
     return ssh
 
 
+def _id_of(order: Any) -> int | None:
+    """Return the id of an order; None if it is a record without one."""
+    return Order(order).id if isinstance(order, Mapping) else check_order_id("order", order)
+
+
 class SSHAccess:
     """Log in to the hosts of an account.
 
     Parameters:
-        client: the client, for its API key and base URL.
         orders: the orders, for the passwords that were sent with them.
         folder: the state folder, or None if none is used.
         history: records hosts without sshd, and those that refuse the saved login.
     """
 
-    def __init__(
-        self,
-        client: OrdersClient,
-        orders: AccountOrders,
-        folder: Path | None,
-        history: HostHistory,
-    ) -> None:
-        self._client = client
+    def __init__(self, orders: AccountOrders, folder: Path | None, history: HostHistory) -> None:
         self._orders = orders
         self._folder = folder
         self._history = history
@@ -14475,7 +14389,7 @@ class SSHAccess:
     @property
     def _host_keys(self) -> HostKeys:
         """Return the host keys of the account; the client's API key may change."""
-        account = account_digest(self._client.base_url, self._client.api_key)
+        account = self._orders.account
         return self._by_account.setdefault(account, HostKeys(self._folder, account))
 
     def _with_address(self, order: Any) -> Order:
@@ -14484,29 +14398,27 @@ class SSHAccess:
         Raises:
             OrderEndedError, OrderNotFoundError: the order has ended, or does not exist.
         """
-        if isinstance(order, Mapping):
-            record = order if isinstance(order, Order) else Order(order)
-            if record.id is None:
-                return record
-            if record.has_ended:
-                raise ended_error(record.id, record.status or "", record)
-            self._orders.check_not_ended(record.id)
-            if parse_ssh_command(record)["raw"]:
-                return record
-            try:
-                return self._orders.running(record.id)
-            except OrderEndedError:
-                raise
-            except CloreError as error:
-                logger.debug("order %d can't be read: %s", record.id, error)
-                return record
-        return self._orders.running(check_order_id("order", order))
+        if not isinstance(order, Mapping):
+            return self._orders.running(check_order_id("order", order))
+        record = order if isinstance(order, Order) else Order(order)
+        if record.id is None:
+            return record
+        if record.has_ended:
+            raise ended_error(record.id, record.status or "", record)
+        self._orders.check_not_ended(record.id)
+        if record.ssh_command:
+            return record
+        try:
+            return self._orders.running(record.id)
+        except OrderEndedError:
+            raise
+        except CloreError as error:
+            logger.debug("order %d can't be read: %s", record.id, error)
+            return record
 
     def forget_host_key(self, order: Any) -> bool:
         """Forget the host key of an order; see ``CloreClient.forget_host_key``."""
-        if not isinstance(order, Mapping):
-            order = {"order_id": check_order_id("order", order)}
-        alias = self._host_keys.alias(Order(order).id, parse_ssh_command(order))
+        alias = self._host_keys.alias(_id_of(order), parse_ssh_command(order))
         return self._host_keys.forget(alias)
 
     def openssh(self, order: Any, key_path: Any) -> OpenSSH:
@@ -14514,7 +14426,7 @@ class SSHAccess:
         order = self._with_address(order)
         return OpenSSH(order, self._host_keys, key_path or self._key_of(order)[0])
 
-    def _key_of(self, order: Order) -> tuple[Path | None, Any]:
+    def _key_of(self, order: Order) -> tuple[str | None, Any]:
         """Return the private key of the public key that was sent with an order.
 
         Returns:
@@ -14541,7 +14453,7 @@ class SSHAccess:
             if not options["password"]:
                 options["key_path"], agent_key = self._key_of(order)
         address = plain_address(order)
-        keys = KeyCheck(self._host_keys, order.id, address, options.pop("host_key"))
+        keys = KeyCheck(self._host_keys, order.id, address, options["host_key"])
 
         def on_failure(error: BaseException) -> None:
             self._raise_if_ended(order.id, error)
@@ -14549,7 +14461,7 @@ class SSHAccess:
                 outcome = LOGIN_OUTCOMES.get(getattr(error, "reason", ""))
                 self._history.record(order.server_id, outcome)
 
-        return Login(address, keys, timeout, agent_key, on_failure, **options)
+        return Login(address, keys, {**options, "timeout": timeout}, agent_key, on_failure)
 
     def _raise_if_ended(self, order_id: int | None, error: BaseException) -> None:
         """Raise a better error if a connection failed because the order has ended."""
@@ -14557,15 +14469,9 @@ class SSHAccess:
             self._orders.raise_if_ended(order_id, error)
 
     def connected(
-        self,
-        order: Any,
-        ssh: paramiko.SSHClient | None,
-        login: dict[str, Any],
-        timeout: float = 30.0,
-        size: int = 1,
-        eager: bool = True,
-        deadline: float | None = None,
-    ) -> ConnectionPool:
+        self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any],
+        timeout: float = 30.0, size: int = 1, eager: bool = True, deadline: float | None = None,
+    ) -> ConnectionPool:  # fmt: skip
         """Return the caller's connection, or logins to make when the pool is entered.
 
         Parameters:
@@ -14573,13 +14479,12 @@ class SSHAccess:
         """
         options = check_login_options(login)
         if ssh is not None:
-            record = isinstance(order, Mapping)
-            number = Order(order).id if record else check_order_id("order", order)
-            on_failure = functools.partial(self._raise_if_ended, number)
-            return ConnectionPool(None, check_connection(ssh), on_failure=on_failure)
+            on_failure = functools.partial(self._raise_if_ended, _id_of(order))
+            return ConnectionPool(None, on_failure, check_connection(ssh))
         if deadline is not None:
             timeout, options["wait"] = min(timeout, deadline), min(options["wait"], deadline)
-        return ConnectionPool(self.login(order, options, timeout), None, size, eager)
+        checked = self.login(order, options, timeout)
+        return ConnectionPool(checked, checked.on_failure, None, size, eager)
 
     def jobs(self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any]) -> HostJobs:
         """Return the jobs of the host of an order."""
@@ -14589,9 +14494,8 @@ class SSHAccess:
             self.login(order, login)  # check the arguments now
 
         def connect(seconds: float) -> ConnectionPool:
-            wait = min(seconds, options["wait"])
-            limit = max(seconds, LEAST_PATIENCE)
-            return self.connected(order, ssh, {**options, "wait": wait}, deadline=limit)
+            limited = {**options, "wait": min(seconds, options["wait"])}
+            return self.connected(order, ssh, limited, deadline=max(seconds, LEAST_PATIENCE))
 
         return HostJobs(connect, reconnects=ssh is None)
 
@@ -18472,7 +18376,7 @@ class CloreClient(HTTPClient):
     @property
     def _ssh(self) -> SSHAccess:
         if self._ssh_access is None:
-            self._ssh_access = SSHAccess(self, self._orders, self._state_folder, self._host_history)
+            self._ssh_access = SSHAccess(self._orders, self._state_folder, self._host_history)
         return self._ssh_access
 
     @staticmethod
