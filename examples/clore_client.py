@@ -11016,35 +11016,24 @@ def keep_alive(transport: Any) -> None:
     packetizer.set_keepalive(SILENCE_CHECK, check)
 
 
-def open_session(
-    transport: Any, timeout: float, window: int = COMMAND_WINDOW, patience: float = 0.0
-) -> Any:
+def open_session(transport: Any, timeout: float, window: int = COMMAND_WINDOW) -> Any:
     """Open a channel that keeps no more than its window in memory.
-
-    Parameters:
-        patience: seconds to retry while the host refuses the channel.
 
     Raises:
         NoChannelError: the host refuses the channel.
         SSHError: the host does not answer, or the connection is closed.
     """
-    give_up_at = time.monotonic() + patience
-    while True:
-        if transport is None or not transport.is_active():
-            raise SSHError("the connection to the host is closed")
-        try:
-            channel = transport.open_session(
-                window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
-            )
-            break
-        except connection_errors() as error:
-            if not transport.is_active():
-                raise SSHError("the connection broke") from error
-            refused = _is_refusal(error)
-            if not refused or time.monotonic() >= give_up_at:
-                kind = NoChannelError if refused else SSHError
-                raise kind(f"the host opened no channel: {reason(error)}") from error
-            time.sleep(CHANNEL_PAUSE)
+    if transport is None or not transport.is_active():
+        raise SSHError("the connection to the host is closed")
+    try:
+        channel = transport.open_session(
+            window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
+        )
+    except connection_errors() as error:
+        if not transport.is_active():
+            raise SSHError("the connection broke") from error
+        kind = NoChannelError if _is_refusal(error) else SSHError
+        raise kind(f"the host opened no channel: {reason(error)}") from error
     channel.settimeout(timeout)
     _guard_channel(channel)
     return channel
@@ -11324,7 +11313,8 @@ class LimitedChannel:
 
     def _limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
         # By itself the call ends within the timeout, unless it hangs while it writes.
-        with self._watchdog.limit(1.25 * self.timeout + 0.25, self._break_off) as limit:
+        seconds = 1.25 * self.timeout + 0.25
+        with self._watchdog.limit(seconds, lambda: self._transport.close()) as limit:
             try:
                 return call(*arguments)
             except Exception as error:
@@ -11332,9 +11322,6 @@ class LimitedChannel:
                     late = f"the host {failing} for {self.timeout:g}s"
                     raise SSHError(late) from error
                 raise
-
-    def _break_off(self) -> None:
-        self._transport.close()
 
 
 # ==================================================================================================
@@ -12602,11 +12589,10 @@ class PidLine:
             self.prefix = f"sh -c 'echo {mark}$PPID >&2; read -r line' || exit 121\n"
         self._line = re.compile(mark.encode() + rb"([2-9]|[1-9][0-9]{1,9})\n")
         self._held = b""
-        self._done = False
 
     def remove_from(self, data: bytes) -> bytes:
         """Return the next part of stderr without the line."""
-        if self._done:
+        if self.pid is not None:
             return data
         self._held += data
         found = self._line.search(self._held)
@@ -12614,7 +12600,6 @@ class PidLine:
             surplus = self._held[:-MAX_STDERR_BEFORE_PID]
             self._held = self._held[-MAX_STDERR_BEFORE_PID:]
             return surplus
-        self._done = True
         self.pid = int(found[1])
         self._held = self._held[: found.start()] + self._held[found.end() :]
         return self.rest()
@@ -14549,16 +14534,10 @@ class Command:
     """
 
     def __init__(
-        self,
-        command: str | Sequence[str],
-        *,
-        check: bool = True,
-        timeout: float | None = None,
-        input: str | bytes | None = None,
-        env: Mapping[str, str] | None = None,
-        on_output: Callable[[OutputLine], object] | None = None,
-        max_output: int = MAX_OUTPUT,
-    ) -> None:
+        self, command: str | Sequence[str], *, check: bool = True, timeout: float | None = None,
+        input: str | bytes | None = None, env: Mapping[str, str] | None = None,
+        on_output: Callable[[OutputLine], object] | None = None, max_output: int = MAX_OUTPUT,
+    ) -> None:  # fmt: skip
         self.line = command_line(command)
         variables = exports(env)
         first = csh_line(variables, command, self.line)
@@ -14658,8 +14637,8 @@ class RunningCommand:
         seconds = min(START_TIMEOUT, self._time_left())
         start_by = time.monotonic() + seconds
         with self._limited(seconds + PATIENCE):
-            self._channel = open_session(
-                self._transport, seconds, patience=min(seconds, SESSION_PATIENCE)
+            self._channel = with_patience(
+                min(seconds, SESSION_PATIENCE), lambda: open_session(self._transport, seconds)
             )
             self._channel.settimeout(None)  # a command may read its input late
             # paramiko clears an event when one stream is empty, though the other may have data.
@@ -14716,8 +14695,8 @@ class RunningCommand:
         The stream may stay open, because a process in the background can hold it.
         """
         give_up_at = time.monotonic() + self._time_left() + OVERTIME
-        expected = self._channel.in_window_size + LATE_OUTPUT
         silent_since = time.monotonic()
+        expected = self._channel.in_window_size + LATE_OUTPUT
         while not self._complete() and expected > 0 and time.monotonic() < give_up_at:
             size = self._read_or_wait(POLL)
             self._output.report()

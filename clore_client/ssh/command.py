@@ -24,6 +24,7 @@ from clore_client.ssh.command_text import (
     exports,
     input_bytes,
 )
+from clore_client.ssh.transfer.remote_script import with_patience
 from clore_client.ssh.transport import (
     NoChannelError,
     Watchdog,
@@ -81,16 +82,10 @@ class Command:
     """
 
     def __init__(
-        self,
-        command: str | Sequence[str],
-        *,
-        check: bool = True,
-        timeout: float | None = None,
-        input: str | bytes | None = None,
-        env: Mapping[str, str] | None = None,
-        on_output: Callable[[OutputLine], object] | None = None,
-        max_output: int = MAX_OUTPUT,
-    ) -> None:
+        self, command: str | Sequence[str], *, check: bool = True, timeout: float | None = None,
+        input: str | bytes | None = None, env: Mapping[str, str] | None = None,
+        on_output: Callable[[OutputLine], object] | None = None, max_output: int = MAX_OUTPUT,
+    ) -> None:  # fmt: skip
         self.line = command_line(command)
         variables = exports(env)
         first = csh_line(variables, command, self.line)
@@ -190,8 +185,8 @@ class RunningCommand:
         seconds = min(START_TIMEOUT, self._time_left())
         start_by = time.monotonic() + seconds
         with self._limited(seconds + PATIENCE):
-            self._channel = open_session(
-                self._transport, seconds, patience=min(seconds, SESSION_PATIENCE)
+            self._channel = with_patience(
+                min(seconds, SESSION_PATIENCE), lambda: open_session(self._transport, seconds)
             )
             self._channel.settimeout(None)  # a command may read its input late
             # paramiko clears an event when one stream is empty, though the other may have data.
@@ -248,8 +243,8 @@ class RunningCommand:
         The stream may stay open, because a process in the background can hold it.
         """
         give_up_at = time.monotonic() + self._time_left() + OVERTIME
-        expected = self._channel.in_window_size + LATE_OUTPUT
         silent_since = time.monotonic()
+        expected = self._channel.in_window_size + LATE_OUTPUT
         while not self._complete() and expected > 0 and time.monotonic() < give_up_at:
             size = self._read_or_wait(POLL)
             self._output.report()

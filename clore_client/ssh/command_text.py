@@ -214,11 +214,10 @@ class PidLine:
             self.prefix = f"sh -c 'echo {mark}$PPID >&2; read -r line' || exit 121\n"
         self._line = re.compile(mark.encode() + rb"([2-9]|[1-9][0-9]{1,9})\n")
         self._held = b""
-        self._done = False
 
     def remove_from(self, data: bytes) -> bytes:
         """Return the next part of stderr without the line."""
-        if self._done:
+        if self.pid is not None:
             return data
         self._held += data
         found = self._line.search(self._held)
@@ -226,7 +225,6 @@ class PidLine:
             surplus = self._held[:-MAX_STDERR_BEFORE_PID]
             self._held = self._held[-MAX_STDERR_BEFORE_PID:]
             return surplus
-        self._done = True
         self.pid = int(found[1])
         self._held = self._held[: found.start()] + self._held[found.end() :]
         return self.rest()

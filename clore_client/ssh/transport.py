@@ -183,35 +183,24 @@ def keep_alive(transport: Any) -> None:
     packetizer.set_keepalive(SILENCE_CHECK, check)
 
 
-def open_session(
-    transport: Any, timeout: float, window: int = COMMAND_WINDOW, patience: float = 0.0
-) -> Any:
+def open_session(transport: Any, timeout: float, window: int = COMMAND_WINDOW) -> Any:
     """Open a channel that keeps no more than its window in memory.
-
-    Parameters:
-        patience: seconds to retry while the host refuses the channel.
 
     Raises:
         NoChannelError: the host refuses the channel.
         SSHError: the host does not answer, or the connection is closed.
     """
-    give_up_at = time.monotonic() + patience
-    while True:
-        if transport is None or not transport.is_active():
-            raise SSHError("the connection to the host is closed")
-        try:
-            channel = transport.open_session(
-                window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
-            )
-            break
-        except connection_errors() as error:
-            if not transport.is_active():
-                raise SSHError("the connection broke") from error
-            refused = _is_refusal(error)
-            if not refused or time.monotonic() >= give_up_at:
-                kind = NoChannelError if refused else SSHError
-                raise kind(f"the host opened no channel: {reason(error)}") from error
-            time.sleep(CHANNEL_PAUSE)
+    if transport is None or not transport.is_active():
+        raise SSHError("the connection to the host is closed")
+    try:
+        channel = transport.open_session(
+            window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
+        )
+    except connection_errors() as error:
+        if not transport.is_active():
+            raise SSHError("the connection broke") from error
+        kind = NoChannelError if _is_refusal(error) else SSHError
+        raise kind(f"the host opened no channel: {reason(error)}") from error
     channel.settimeout(timeout)
     _guard_channel(channel)
     return channel
@@ -491,7 +480,8 @@ class LimitedChannel:
 
     def _limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
         # By itself the call ends within the timeout, unless it hangs while it writes.
-        with self._watchdog.limit(1.25 * self.timeout + 0.25, self._break_off) as limit:
+        seconds = 1.25 * self.timeout + 0.25
+        with self._watchdog.limit(seconds, lambda: self._transport.close()) as limit:
             try:
                 return call(*arguments)
             except Exception as error:
@@ -499,6 +489,3 @@ class LimitedChannel:
                     late = f"the host {failing} for {self.timeout:g}s"
                     raise SSHError(late) from error
                 raise
-
-    def _break_off(self) -> None:
-        self._transport.close()
