@@ -1550,11 +1550,11 @@ class CloreClient(HTTPClient):
             >>> job = client.start(order, "python train.py", name="train", cwd="~/work")
             >>> job.follow(on_output=print)
         """
-        from clore_client.ssh.jobs import JobCommand
+        from clore_client.ssh.jobs import job_variables
 
         env, login = secret_values(env), secret_values(login)
-        checked = JobCommand(command, name=name, env=env, cwd=cwd)
-        return self._ssh.jobs(order, ssh, login).start(checked)
+        variables = job_variables(command, name, env, cwd)
+        return self._ssh.jobs(order, ssh, login).start(variables)
 
     def jobs(
         self, order: OrderArgument, *, ssh: paramiko.SSHClient | None = None, **login: Any
