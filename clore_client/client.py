@@ -1975,7 +1975,6 @@ class CloreClient(HTTPClient):
                 socket_timeout=timeout,
                 max_bytes=max_bytes,
                 progress=progress,
-                owns_ssh=True,
             )
         except BaseException:
             connection.close()

@@ -14847,9 +14847,9 @@ NOT_IN_A_NAME = r"[\0-\x1f\x7f-\x9f/" + (r'\\:*?"<>|]' if os.name == "nt" else "
 
 def guarded_scp(
     ssh: Any, *, socket_timeout: float = 30.0, max_bytes: int | None = None,
-    progress: Callable[..., object] | None = None, owns_ssh: bool = False,
+    progress: Callable[..., object] | None = None,
 ) -> Any:  # fmt: skip
-    """Return a ``scp.SCPClient`` that is safe to use with a hostile host.
+    """Return a ``scp.SCPClient`` that is safe to use with a hostile host, and owns ``ssh``.
 
     It checks each record of the host before scp acts on it, limits each wait, and raises
     :class:`TransferError`. A transfer that fails may leave a partial file inside the target, even
@@ -14859,7 +14859,6 @@ def guarded_scp(
         socket_timeout: seconds of silence.
         max_bytes: the most bytes that one ``get()`` may receive; None for no limit.
         progress: called with (name, size, done), as by ``scp.SCPClient``.
-        owns_ssh: whether ``close()`` also closes ``ssh``.
     """
     try:
         scp = importlib.import_module("scp")
@@ -14871,9 +14870,8 @@ def guarded_scp(
     if transport is None or not transport.is_active():
         raise SSHError("scp() needs an open connection, and this one is closed: connect again")
     client_class: Any = type("GuardedSCPClient", (ScpGuard, scp.SCPClient), {})
-    owned = ssh if owns_ssh else None
     try:
-        return client_class(transport, socket_timeout, progress, limit, owned)
+        return client_class(ssh, transport, socket_timeout, progress, limit)
     except OSError as error:
         raise SSHError(f"the connection broke: {reason(error)}") from error
 
@@ -14928,9 +14926,9 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
     _rename: bool
     _current: tuple[str, int, int | None]  # name, bytes done, bytes in total
 
-    def __init__(self, transport: Any, timeout: float, progress: Any, limit: float, ssh: Any):
+    def __init__(self, ssh: Any, transport: Any, timeout: float, progress: Any, limit: float):
         super().__init__(transport, SCP_BUFFER, timeout, self._report)
-        self._owned_ssh = ssh
+        self._ssh = ssh
         self._max_bytes = limit
         self._user_progress = progress or (lambda *_: None)
 
@@ -14945,11 +14943,11 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
         return self
 
     def close(self) -> None:
-        """Close the connection, if it is owned."""
+        """Close the connection."""
         if self.channel is not None:  # scp calls this at the end of each transfer
             self.channel.finish()
-        elif self._owned_ssh is not None:
-            self._owned_ssh.close()
+        else:
+            self._ssh.close()
 
     def _open(self) -> ScpChannel:
         return ScpChannel(self.transport, self.socket_timeout, self._watchdog)
@@ -15210,9 +15208,8 @@ class _Terminal:
 
     def run(self) -> int:
         """Return the exit code of the shell."""
-        channel: LimitedChannel | None = None
+        channel = LimitedChannel(self._transport, SHELL_TIMEOUT, self._watchdog)
         try:
-            channel = LimitedChannel(self._transport, SHELL_TIMEOUT, self._watchdog)
             self._start(channel)
             while not (channel.closed or (channel.eof_received and not channel.recv_ready())):
                 self._follow_size(channel)
@@ -15223,9 +15220,8 @@ class _Terminal:
                 error
             )
         finally:
-            if channel is not None:
-                channel.timeout = CLOSE_TIMEOUT
-                channel.close()
+            channel.timeout = CLOSE_TIMEOUT
+            channel.close()
 
     def _limited(self) -> contextlib.AbstractContextManager[Any]:
         """Close the connection if a block takes too long: paramiko has no timeout there."""
@@ -16874,27 +16870,21 @@ class Forward:
     """
 
     def __init__(
-        self,
-        ssh: paramiko.SSHClient,
-        remote_port: int,
-        local_port: int = 0,
-        owns: bool = False,
+        self, ssh: paramiko.SSHClient, remote_port: int, local_port: int = 0, owns: bool = False,
         log_level: int = logging.WARNING,
-    ) -> None:
-        check_forward_arguments(remote_port, local_port)
+    ) -> None:  # fmt: skip
         self._ssh = ssh
         self._remote_port = remote_port
         self._local_port = local_port
         self._owns = owns
         self._log_level = log_level
-        self._transport: Any = None
-        self._listener: socket.socket | None = None
+        self._transport: Any = ssh.get_transport()
         self._acceptor: threading.Thread | None = None
         self._closing = threading.Event()
         self._links: list[_Link] = []
 
     def __repr__(self) -> str:
-        state = "closed" if self._listener is None else "open"
+        state = "open" if self._acceptor and not self._closing.is_set() else "closed"
         return f"<Forward of {LOOPBACK}:{self._local_port} to port {self._remote_port}, {state}>"
 
     def __enter__(self) -> int:
@@ -16912,20 +16902,16 @@ class Forward:
             raise SSHError("a Forward can be entered only once: make another one")
         if not is_connected(self._ssh):
             raise SSHError("the connection to the host is closed: open another one")
-        self._transport = self._ssh.get_transport()
+        address = (LOOPBACK, self._local_port)
         try:
-            self._listener = socket.create_server(
-                (LOOPBACK, self._local_port), backlog=FORWARD_BACKLOG
-            )
+            listener = socket.create_server(address, backlog=FORWARD_BACKLOG)
         except OSError as error:
             raise OSError(
                 error.errno, f"local_port {self._local_port} can't be used: {error.strerror}"
             ) from error
-        self._listener.settimeout(FORWARD_POLL)
-        self._local_port = self._listener.getsockname()[1]
-        self._acceptor = start_thread(
-            f"forward-{self._local_port}", self._accept_all, self._listener
-        )
+        listener.settimeout(FORWARD_POLL)
+        self._local_port = listener.getsockname()[1]
+        self._acceptor = start_thread(f"forward-{self._local_port}", self._accept_all, listener)
         logger.debug("forwarding port %d to port %d", self._local_port, self._remote_port)
         return self._local_port
 
@@ -16933,9 +16919,6 @@ class Forward:
         self._closing.set()
         if self._acceptor is not None:
             self._acceptor.join()
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
         for link in self._links:
             link.close_socket()
         if self._links:
@@ -16950,23 +16933,18 @@ class Forward:
             link.thread.join(max(0.0, deadline - time.monotonic()))
 
     def _accept_all(self, listener: socket.socket) -> None:
-        while not self._closing.is_set():
-            try:
-                sock, peer = listener.accept()
-            except TimeoutError:
-                continue
-            except OSError as error:  # too many open files, most likely
-                logger.warning("port %d can't accept a connection: %s", self._local_port, error)
-                self._closing.wait(FORWARD_POLL)
-                continue
-            self._links = [link for link in self._links if link.thread.is_alive()]
-            try:
-                self._links.append(
-                    _Link(self._transport, self._remote_port, sock, peer, self._log_level)
-                )
-            except RuntimeError as error:  # too many threads
-                logger.warning("port %d dropped a connection: %s", self._local_port, error)
-                sock.close()
+        with listener:
+            while not self._closing.is_set():
+                try:
+                    sock, peer = listener.accept()
+                    link = _Link(self._transport, self._remote_port, sock, peer, self._log_level)
+                except TimeoutError:
+                    continue
+                except (OSError, RuntimeError) as error:  # too many open files, or threads
+                    logger.warning("port %d can't accept a connection: %s", self._local_port, error)
+                    self._closing.wait(FORWARD_POLL)
+                    continue
+                self._links = [link, *(old for old in self._links if old.thread.is_alive())]
 
 
 class _Link:
@@ -17130,17 +17108,15 @@ class HTTPWait:
                     text = f"no service at {self.where} yet: {why}, {readable_seconds(passed)}"
                     report(ProgressEvent("http", passed, text))
                 if passed >= self.timeout:
-                    raise self._too_late(why)
-                time.sleep(max(0.0, min(SERVICE_PAUSE, self.timeout - passed)))
-
-    def _too_late(self, why: str) -> WaitTimeoutError:
+                    break
+                time.sleep(min(SERVICE_PAUSE, self.timeout - passed))
         error = WaitTimeoutError(
             f"no service at {self.where} within {self.timeout:g}s, the last result: {why}. Does it "
             "listen on 0.0.0.0 and on the right port?",
             order_id=self.order.id or 0, order=self.order,
         )  # fmt: skip
         error.reason = why
-        return error
+        raise error
 
     def _get(self, session: Session, url: str) -> int | str:
         """Return the status of a response, or why there is none."""
@@ -19015,7 +18991,6 @@ class CloreClient(HTTPClient):
                 socket_timeout=timeout,
                 max_bytes=max_bytes,
                 progress=progress,
-                owns_ssh=True,
             )
         except BaseException:
             connection.close()

@@ -65,9 +65,8 @@ class _Terminal:
 
     def run(self) -> int:
         """Return the exit code of the shell."""
-        channel: LimitedChannel | None = None
+        channel = LimitedChannel(self._transport, SHELL_TIMEOUT, self._watchdog)
         try:
-            channel = LimitedChannel(self._transport, SHELL_TIMEOUT, self._watchdog)
             self._start(channel)
             while not (channel.closed or (channel.eof_received and not channel.recv_ready())):
                 self._follow_size(channel)
@@ -78,9 +77,8 @@ class _Terminal:
                 error
             )
         finally:
-            if channel is not None:
-                channel.timeout = CLOSE_TIMEOUT
-                channel.close()
+            channel.timeout = CLOSE_TIMEOUT
+            channel.close()
 
     def _limited(self) -> contextlib.AbstractContextManager[Any]:
         """Close the connection if a block takes too long: paramiko has no timeout there."""

@@ -76,27 +76,21 @@ class Forward:
     """
 
     def __init__(
-        self,
-        ssh: paramiko.SSHClient,
-        remote_port: int,
-        local_port: int = 0,
-        owns: bool = False,
+        self, ssh: paramiko.SSHClient, remote_port: int, local_port: int = 0, owns: bool = False,
         log_level: int = logging.WARNING,
-    ) -> None:
-        check_forward_arguments(remote_port, local_port)
+    ) -> None:  # fmt: skip
         self._ssh = ssh
         self._remote_port = remote_port
         self._local_port = local_port
         self._owns = owns
         self._log_level = log_level
-        self._transport: Any = None
-        self._listener: socket.socket | None = None
+        self._transport: Any = ssh.get_transport()
         self._acceptor: threading.Thread | None = None
         self._closing = threading.Event()
         self._links: list[_Link] = []
 
     def __repr__(self) -> str:
-        state = "closed" if self._listener is None else "open"
+        state = "open" if self._acceptor and not self._closing.is_set() else "closed"
         return f"<Forward of {LOOPBACK}:{self._local_port} to port {self._remote_port}, {state}>"
 
     def __enter__(self) -> int:
@@ -114,20 +108,16 @@ class Forward:
             raise SSHError("a Forward can be entered only once: make another one")
         if not is_connected(self._ssh):
             raise SSHError("the connection to the host is closed: open another one")
-        self._transport = self._ssh.get_transport()
+        address = (LOOPBACK, self._local_port)
         try:
-            self._listener = socket.create_server(
-                (LOOPBACK, self._local_port), backlog=FORWARD_BACKLOG
-            )
+            listener = socket.create_server(address, backlog=FORWARD_BACKLOG)
         except OSError as error:
             raise OSError(
                 error.errno, f"local_port {self._local_port} can't be used: {error.strerror}"
             ) from error
-        self._listener.settimeout(FORWARD_POLL)
-        self._local_port = self._listener.getsockname()[1]
-        self._acceptor = start_thread(
-            f"forward-{self._local_port}", self._accept_all, self._listener
-        )
+        listener.settimeout(FORWARD_POLL)
+        self._local_port = listener.getsockname()[1]
+        self._acceptor = start_thread(f"forward-{self._local_port}", self._accept_all, listener)
         logger.debug("forwarding port %d to port %d", self._local_port, self._remote_port)
         return self._local_port
 
@@ -135,9 +125,6 @@ class Forward:
         self._closing.set()
         if self._acceptor is not None:
             self._acceptor.join()
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
         for link in self._links:
             link.close_socket()
         if self._links:
@@ -152,23 +139,18 @@ class Forward:
             link.thread.join(max(0.0, deadline - time.monotonic()))
 
     def _accept_all(self, listener: socket.socket) -> None:
-        while not self._closing.is_set():
-            try:
-                sock, peer = listener.accept()
-            except TimeoutError:
-                continue
-            except OSError as error:  # too many open files, most likely
-                logger.warning("port %d can't accept a connection: %s", self._local_port, error)
-                self._closing.wait(FORWARD_POLL)
-                continue
-            self._links = [link for link in self._links if link.thread.is_alive()]
-            try:
-                self._links.append(
-                    _Link(self._transport, self._remote_port, sock, peer, self._log_level)
-                )
-            except RuntimeError as error:  # too many threads
-                logger.warning("port %d dropped a connection: %s", self._local_port, error)
-                sock.close()
+        with listener:
+            while not self._closing.is_set():
+                try:
+                    sock, peer = listener.accept()
+                    link = _Link(self._transport, self._remote_port, sock, peer, self._log_level)
+                except TimeoutError:
+                    continue
+                except (OSError, RuntimeError) as error:  # too many open files, or threads
+                    logger.warning("port %d can't accept a connection: %s", self._local_port, error)
+                    self._closing.wait(FORWARD_POLL)
+                    continue
+                self._links = [link, *(old for old in self._links if old.thread.is_alive())]
 
 
 class _Link:
@@ -332,17 +314,15 @@ class HTTPWait:
                     text = f"no service at {self.where} yet: {why}, {readable_seconds(passed)}"
                     report(ProgressEvent("http", passed, text))
                 if passed >= self.timeout:
-                    raise self._too_late(why)
-                time.sleep(max(0.0, min(SERVICE_PAUSE, self.timeout - passed)))
-
-    def _too_late(self, why: str) -> WaitTimeoutError:
+                    break
+                time.sleep(min(SERVICE_PAUSE, self.timeout - passed))
         error = WaitTimeoutError(
             f"no service at {self.where} within {self.timeout:g}s, the last result: {why}. Does it "
             "listen on 0.0.0.0 and on the right port?",
             order_id=self.order.id or 0, order=self.order,
         )  # fmt: skip
         error.reason = why
-        return error
+        raise error
 
     def _get(self, session: Session, url: str) -> int | str:
         """Return the status of a response, or why there is none."""
