@@ -97,11 +97,8 @@ class Forward:
         try:
             return self._open()
         except BaseException:
-            self._close()
+            self.__exit__()
             raise
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
 
     def _open(self) -> int:
         if self._acceptor is not None:
@@ -121,7 +118,7 @@ class Forward:
         logger.debug("forwarding port %d to port %d", self._local_port, self._remote_port)
         return self._local_port
 
-    def _close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closing.set()
         if self._acceptor is not None:
             self._acceptor.join()
@@ -143,7 +140,7 @@ class Forward:
             while not self._closing.is_set():
                 try:
                     sock, peer = listener.accept()
-                    link = _Link(self._transport, self._remote_port, sock, peer, self._log_level)
+                    link = _Link(self._open_channel, sock, peer)
                 except TimeoutError:
                     continue
                 except (OSError, RuntimeError) as error:  # too many open files, or threads
@@ -152,26 +149,38 @@ class Forward:
                     continue
                 self._links = [link, *(old for old in self._links if old.thread.is_alive())]
 
+    def _open_channel(self, peer: tuple[str, int]) -> Any:
+        """Connect to the port on the host; return None if that fails."""
+        try:
+            return self._transport.open_channel(
+                "direct-tcpip", (REMOTE_HOST, self._remote_port), peer, timeout=FORWARD_OPENING
+            )
+        except connection_errors() as error:
+            if not self._closing.is_set():
+                text = "port %d of the host accepted no connection: %s"
+                logger.log(self._log_level, text, self._remote_port, reason(error))
+            return None
+
 
 class _Link:
     """Forward one connection: a local socket, a channel, and a thread for each direction.
+
+    Parameters:
+        open_channel: returns the channel, or None.
+        sock: the local socket.
+        peer: its other end.
 
     Attributes:
         thread: the thread that ends when both directions have ended.
     """
 
-    def __init__(
-        self, transport: Any, remote_port: int, sock: socket.socket, peer: tuple[str, int],
-        log_level: int,
-    ) -> None:  # fmt: skip
-        self._transport = transport
-        self._remote_port = remote_port
+    def __init__(self, open_channel: Callable[..., Any], sock: socket.socket, peer: Any) -> None:
+        self._open_channel = open_channel
         self._sock = sock
         self._peer = peer
         self._channel: Any = None
         self._closing = False
         self._complete = False  # all data from the host was passed on
-        self._log_level = log_level
         self.thread = start_thread("forwarded", self._run)
 
     def close_socket(self) -> None:
@@ -189,7 +198,8 @@ class _Link:
     def _run(self) -> None:
         try:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._open_channel():
+            self._channel = self._open_channel(self._peer)
+            if self._channel is not None and not self._closing:
                 sender = start_thread("forwarded-out", self._send)
                 self._receive()
                 sender.join()
@@ -201,19 +211,6 @@ class _Link:
                     self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             self._sock.close()
             self.close_channel()
-
-    def _open_channel(self) -> bool:
-        try:
-            self._channel = self._transport.open_channel(
-                "direct-tcpip", (REMOTE_HOST, self._remote_port), self._peer,
-                timeout=FORWARD_OPENING,
-            )  # fmt: skip
-        except connection_errors() as error:
-            if not self._closing:
-                text = "port %d of the host accepted no connection: %s"
-                logger.log(self._log_level, text, self._remote_port, reason(error))
-            return False
-        return not self._closing
 
     def _receive(self) -> None:
         """Copy from the host to the local socket."""
