@@ -11273,19 +11273,19 @@ class LimitedChannel:
         self._transport = transport
         self.timeout = timeout
         self._watchdog = watchdog
-        self._channel = self._limited("opened no channel", open_session, transport, timeout, window)
+        self._channel = self.limited("opened no channel", open_session, transport, timeout, window)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._channel, name)
 
     def exec_command(self, command: bytes | str) -> None:
-        self._limited("accepted no command", channel_request, self._channel, "exec", command)
+        self.limited("accepted no command", channel_request, self._channel, "exec", command)
 
     def invoke_subsystem(self, name: str) -> None:
-        self._limited("accepted no command", channel_request, self._channel, "subsystem", name)
+        self.limited("accepted no command", channel_request, self._channel, "subsystem", name)
 
     def send(self, data: Any) -> int:
-        return int(self._limited("accepted no data", self._channel.send, data))
+        return int(self.limited("accepted no data", self._channel.send, data))
 
     def sendall(self, data: Any) -> None:
         view = memoryview(data.encode() if isinstance(data, str) else data)
@@ -11293,10 +11293,10 @@ class LimitedChannel:
             view = view[self.send(view) :]
 
     def recv(self, size: int) -> bytes:
-        return bytes(self._limited("sent no data", self._channel.recv, size))
+        return bytes(self.limited("sent no data", self._channel.recv, size))
 
     def recv_stderr(self, size: int) -> bytes:
-        return bytes(self._limited("sent no data", self._channel.recv_stderr, size))
+        return bytes(self.limited("sent no data", self._channel.recv_stderr, size))
 
     def recv_exit_status(self) -> int:
         """Return the exit status; -1 if the channel ended without one."""
@@ -11305,13 +11305,14 @@ class LimitedChannel:
         return int(self._channel.exit_status)
 
     def shutdown_write(self) -> None:
-        self._limited("accepted no data", self._channel.shutdown_write)
+        self.limited("accepted no data", self._channel.shutdown_write)
 
     def close(self) -> None:
         with contextlib.suppress(SSHError, *connection_errors()):
-            self._limited("accepted no data", self._channel.close)
+            self.limited("accepted no data", self._channel.close)
 
-    def _limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    def limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function; raise an SSHError that says what is ``failing`` if it takes too long."""
         # By itself the call ends within the timeout, unless it hangs while it writes.
         seconds = 1.25 * self.timeout + 0.25
         with self._watchdog.limit(seconds, lambda: self._transport.close()) as limit:
@@ -15190,25 +15191,22 @@ def run_shell(ssh: paramiko.SSHClient) -> int:
     """Run the login shell of a host in this terminal; see ``CloreClient.shell``."""
     source, target = check_terminal()
     with Watchdog() as watchdog:
-        terminal = _Terminal(ssh.get_transport(), watchdog, source, target)
+        channel = LimitedChannel(ssh.get_transport(), SHELL_TIMEOUT, watchdog)
         with _raw_mode(source):
-            return terminal.run()
+            return _Terminal(source, target).run(channel)
 
 
 class _Terminal:
     """Pass bytes between this terminal and a shell on a host."""
 
-    def __init__(self, transport: Any, watchdog: Watchdog, source: int, target: int) -> None:
-        self._transport = transport
-        self._watchdog = watchdog
+    def __init__(self, source: int, target: int) -> None:
         self._source = source
         self._target = target
         self._size = os.get_terminal_size(target)
         self._reads = True  # until the end of the input
 
-    def run(self) -> int:
-        """Return the exit code of the shell."""
-        channel = LimitedChannel(self._transport, SHELL_TIMEOUT, self._watchdog)
+    def run(self, channel: LimitedChannel) -> int:
+        """Run a shell on a channel, and return its exit code."""
         try:
             self._start(channel)
             while not (channel.closed or (channel.eof_received and not channel.recv_ready())):
@@ -15223,18 +15221,13 @@ class _Terminal:
             channel.timeout = CLOSE_TIMEOUT
             channel.close()
 
-    def _limited(self) -> contextlib.AbstractContextManager[Any]:
-        """Close the connection if a block takes too long: paramiko has no timeout there."""
-        return self._watchdog.limit(SHELL_TIMEOUT, self._transport.close)
-
     def _start(self, channel: LimitedChannel) -> None:
         kind = os.environ.get("TERM", "xterm-256color")
         try:
-            with self._limited():
-                channel.get_pty(kind, self._size.columns, self._size.lines)
-                channel.invoke_shell()
+            channel.limited("opened no terminal", channel.get_pty, kind, *self._size)
+            channel.limited("opened no terminal", channel.invoke_shell)
         except connection_errors() as error:
-            if not self._transport.is_active():
+            if not channel.get_transport().is_active():
                 raise
             raise SSHError(f"the host did not open a terminal ({reason(error)}): use run()") from (
                 error
@@ -15245,8 +15238,7 @@ class _Terminal:
         size = os.get_terminal_size(self._target)
         if size != self._size:
             self._size = size
-            with self._limited():
-                channel.resize_pty(size.columns, size.lines)
+            channel.limited("accepted no data", channel.resize_pty, *size)
 
     def _pass_on(self, channel: LimitedChannel) -> None:
         """Pass on the data of both directions; return soon if there is none."""
@@ -15267,7 +15259,7 @@ class _Terminal:
     def _exit_code(self, channel: LimitedChannel) -> int:
         if channel.status_event.wait(CLOSE_TIMEOUT) and channel.exit_status >= 0:
             return int(channel.exit_status)
-        if not self._transport.is_active():
+        if not channel.get_transport().is_active():
             raise SSHError("the connection broke, and the shell ended")
         return -1
 

@@ -440,19 +440,19 @@ class LimitedChannel:
         self._transport = transport
         self.timeout = timeout
         self._watchdog = watchdog
-        self._channel = self._limited("opened no channel", open_session, transport, timeout, window)
+        self._channel = self.limited("opened no channel", open_session, transport, timeout, window)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._channel, name)
 
     def exec_command(self, command: bytes | str) -> None:
-        self._limited("accepted no command", channel_request, self._channel, "exec", command)
+        self.limited("accepted no command", channel_request, self._channel, "exec", command)
 
     def invoke_subsystem(self, name: str) -> None:
-        self._limited("accepted no command", channel_request, self._channel, "subsystem", name)
+        self.limited("accepted no command", channel_request, self._channel, "subsystem", name)
 
     def send(self, data: Any) -> int:
-        return int(self._limited("accepted no data", self._channel.send, data))
+        return int(self.limited("accepted no data", self._channel.send, data))
 
     def sendall(self, data: Any) -> None:
         view = memoryview(data.encode() if isinstance(data, str) else data)
@@ -460,10 +460,10 @@ class LimitedChannel:
             view = view[self.send(view) :]
 
     def recv(self, size: int) -> bytes:
-        return bytes(self._limited("sent no data", self._channel.recv, size))
+        return bytes(self.limited("sent no data", self._channel.recv, size))
 
     def recv_stderr(self, size: int) -> bytes:
-        return bytes(self._limited("sent no data", self._channel.recv_stderr, size))
+        return bytes(self.limited("sent no data", self._channel.recv_stderr, size))
 
     def recv_exit_status(self) -> int:
         """Return the exit status; -1 if the channel ended without one."""
@@ -472,13 +472,14 @@ class LimitedChannel:
         return int(self._channel.exit_status)
 
     def shutdown_write(self) -> None:
-        self._limited("accepted no data", self._channel.shutdown_write)
+        self.limited("accepted no data", self._channel.shutdown_write)
 
     def close(self) -> None:
         with contextlib.suppress(SSHError, *connection_errors()):
-            self._limited("accepted no data", self._channel.close)
+            self.limited("accepted no data", self._channel.close)
 
-    def _limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    def limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function; raise an SSHError that says what is ``failing`` if it takes too long."""
         # By itself the call ends within the timeout, unless it hangs while it writes.
         seconds = 1.25 * self.timeout + 0.25
         with self._watchdog.limit(seconds, lambda: self._transport.close()) as limit:
