@@ -17064,7 +17064,7 @@ class HTTPWait:
     def at_public_address(self, user_agent: str) -> int:
         """Wait for a response from the public address, and return its status."""
         with Session(user_agent) as session:
-            return self._wait(lambda: self._get(session, self.url or ""))
+            return self._wait(session, self.url or "")
 
     def on_host(self, ssh: paramiko.SSHClient, user_agent: str) -> int:
         """Wait for a response from the port of the host, over SSH, and return its status."""
@@ -17074,20 +17074,15 @@ class HTTPWait:
             session.trust_env = False  # no proxy
             session.headers["Host"] = f"{REMOTE_HOST}:{self.port}"
             session.headers["Connection"] = "close"
-            url = f"http://{LOOPBACK}:{local_port}{self.path}"
+            return self._wait(session, f"http://{LOOPBACK}:{local_port}{self.path}", ssh)
 
-            def get() -> int | str:
-                if not is_connected(ssh):
-                    raise SSHError("the connection to the host broke")
-                return self._get(session, url)
-
-            return self._wait(get)
-
-    def _wait(self, get: Callable[[], int | str]) -> int:
+    def _wait(self, session: Session, url: str, ssh: Any = None) -> int:
         started = time.monotonic()
         with self.progress.reporting() as report:
             while True:
-                answer = get()
+                if ssh is not None and not is_connected(ssh):
+                    raise SSHError("the connection to the host broke")
+                answer = self._get(session, url)
                 passed = time.monotonic() - started
                 if isinstance(answer, int) and answer not in NOT_YET_STATUSES:
                     return answer
