@@ -12420,6 +12420,13 @@ def command_line(command: str | Sequence[str]) -> str:
     return line
 
 
+def command_lines(command: str | Sequence[str], env: Any) -> tuple[str, bytes]:
+    """Return a command as a line for a shell, and encoded, after lines that set variables."""
+    line, variables = command_line(command), exports(env)
+    lines = csh_line(variables, command, line) + variables + line
+    return line, SecretBytes(encoded("command", lines))
+
+
 def quoted_word(word: str) -> str:
     """Quote a word for any login shell."""
     # A backslash is special in fish even in single quotes, and "!" in csh.
@@ -12590,6 +12597,10 @@ class PidLine:
             self.prefix = f"sh -c 'echo {mark}$PPID >&2; read -r line' || exit 121\n"
         self._line = re.compile(mark.encode() + rb"([2-9]|[1-9][0-9]{1,9})\n")
         self._held = b""
+
+    def before(self, lines: bytes) -> SecretBytes:
+        """Return the lines of a command after the prefix."""
+        return SecretBytes(self.prefix.encode() + lines)
 
     def remove_from(self, data: bytes) -> bytes:
         """Return the next part of stderr without the line."""
@@ -14525,10 +14536,7 @@ class Command:
         input: str | bytes | None = None, env: Mapping[str, str] | None = None,
         on_output: Callable[[OutputLine], object] | None = None, max_output: int = MAX_OUTPUT,
     ) -> None:  # fmt: skip
-        self.line = command_line(command)
-        variables = exports(env)
-        first = csh_line(variables, command, self.line)
-        self.encoded_line = encoded("command", first + variables + self.line)
+        self.line, self.encoded_lines = command_lines(command, env)
         self.input = input_bytes(input)
         limit = math.inf if timeout is None else timeout
         self.timeout = check_number("timeout", limit, above=True, infinite=True, unit="seconds")
@@ -14633,8 +14641,8 @@ class RunningCommand:
             self._channel.in_buffer.set_event(event)
             self._channel.in_stderr_buffer.set_event(event)
             self._watch_for_exit_signal()
-            line = SecretBytes(self._pid_line.prefix.encode() + self._command.encoded_line)
-            channel_request(self._channel, "exec", line)
+            lines = self._pid_line.before(self._command.encoded_lines)
+            channel_request(self._channel, "exec", lines)
             open_next_session(self._transport)
             if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):
                 raise SSHError(f"the host did not start the command within {START_TIMEOUT:g}s")

@@ -14,16 +14,7 @@ from typing import TYPE_CHECKING, Any
 from clore_client.errors import CommandError, CommandTimeoutError, SSHError, printable
 from clore_client.log import logger
 from clore_client.models.result import STDERR, STDOUT, CommandResult, OutputLine
-from clore_client.ssh.command_text import (
-    CommandOutput,
-    PidLine,
-    SecretBytes,
-    command_line,
-    csh_line,
-    encoded,
-    exports,
-    input_bytes,
-)
+from clore_client.ssh.command_text import CommandOutput, PidLine, command_lines, input_bytes
 from clore_client.ssh.transfer.remote_script import with_patience
 from clore_client.ssh.transport import (
     NoChannelError,
@@ -86,10 +77,7 @@ class Command:
         input: str | bytes | None = None, env: Mapping[str, str] | None = None,
         on_output: Callable[[OutputLine], object] | None = None, max_output: int = MAX_OUTPUT,
     ) -> None:  # fmt: skip
-        self.line = command_line(command)
-        variables = exports(env)
-        first = csh_line(variables, command, self.line)
-        self.encoded_line = encoded("command", first + variables + self.line)
+        self.line, self.encoded_lines = command_lines(command, env)
         self.input = input_bytes(input)
         limit = math.inf if timeout is None else timeout
         self.timeout = check_number("timeout", limit, above=True, infinite=True, unit="seconds")
@@ -194,8 +182,8 @@ class RunningCommand:
             self._channel.in_buffer.set_event(event)
             self._channel.in_stderr_buffer.set_event(event)
             self._watch_for_exit_signal()
-            line = SecretBytes(self._pid_line.prefix.encode() + self._command.encoded_line)
-            channel_request(self._channel, "exec", line)
+            lines = self._pid_line.before(self._command.encoded_lines)
+            channel_request(self._channel, "exec", lines)
             open_next_session(self._transport)
             if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):
                 raise SSHError(f"the host did not start the command within {START_TIMEOUT:g}s")
