@@ -1274,7 +1274,7 @@ class CloreClient(HTTPClient):
         from clore_client.ssh.access import SSHAccess
 
         if self._ssh_access is None:
-            self._ssh_access = SSHAccess(self, self._orders, self._state_folder, self._host_history)
+            self._ssh_access = SSHAccess(self._orders, self._state_folder, self._host_history)
         return self._ssh_access
 
     @staticmethod
@@ -1550,11 +1550,11 @@ class CloreClient(HTTPClient):
             >>> job = client.start(order, "python train.py", name="train", cwd="~/work")
             >>> job.follow(on_output=print)
         """
-        from clore_client.ssh.jobs import JobCommand
+        from clore_client.ssh.jobs import job_variables
 
         env, login = secret_values(env), secret_values(login)
-        checked = JobCommand(command, name=name, env=env, cwd=cwd)
-        return self._ssh.jobs(order, ssh, login).start(checked)
+        variables = job_variables(command, name, env, cwd)
+        return self._ssh.jobs(order, ssh, login).start(variables)
 
     def jobs(
         self, order: OrderArgument, *, ssh: paramiko.SSHClient | None = None, **login: Any
@@ -1975,7 +1975,6 @@ class CloreClient(HTTPClient):
                 socket_timeout=timeout,
                 max_bytes=max_bytes,
                 progress=progress,
-                owns_ssh=True,
             )
         except BaseException:
             connection.close()

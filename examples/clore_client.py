@@ -11019,35 +11019,24 @@ def keep_alive(transport: Any) -> None:
     packetizer.set_keepalive(SILENCE_CHECK, check)
 
 
-def open_session(
-    transport: Any, timeout: float, window: int = COMMAND_WINDOW, patience: float = 0.0
-) -> Any:
+def open_session(transport: Any, timeout: float, window: int = COMMAND_WINDOW) -> Any:
     """Open a channel that keeps no more than its window in memory.
-
-    Parameters:
-        patience: seconds to retry while the host refuses the channel.
 
     Raises:
         NoChannelError: the host refuses the channel.
         SSHError: the host does not answer, or the connection is closed.
     """
-    give_up_at = time.monotonic() + patience
-    while True:
-        if transport is None or not transport.is_active():
-            raise SSHError("the connection to the host is closed")
-        try:
-            channel = transport.open_session(
-                window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
-            )
-            break
-        except connection_errors() as error:
-            if not transport.is_active():
-                raise SSHError("the connection broke") from error
-            refused = _is_refusal(error)
-            if not refused or time.monotonic() >= give_up_at:
-                kind = NoChannelError if refused else SSHError
-                raise kind(f"the host opened no channel: {reason(error)}") from error
-            time.sleep(CHANNEL_PAUSE)
+    if transport is None or not transport.is_active():
+        raise SSHError("the connection to the host is closed")
+    try:
+        channel = transport.open_session(
+            window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
+        )
+    except connection_errors() as error:
+        if not transport.is_active():
+            raise SSHError("the connection broke") from error
+        kind = NoChannelError if _is_refusal(error) else SSHError
+        raise kind(f"the host opened no channel: {reason(error)}") from error
     channel.settimeout(timeout)
     _guard_channel(channel)
     return channel
@@ -11287,19 +11276,19 @@ class LimitedChannel:
         self._transport = transport
         self.timeout = timeout
         self._watchdog = watchdog
-        self._channel = self._limited("opened no channel", open_session, transport, timeout, window)
+        self._channel = self.limited("opened no channel", open_session, transport, timeout, window)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._channel, name)
 
     def exec_command(self, command: bytes | str) -> None:
-        self._limited("accepted no command", channel_request, self._channel, "exec", command)
+        self.limited("accepted no command", channel_request, self._channel, "exec", command)
 
     def invoke_subsystem(self, name: str) -> None:
-        self._limited("accepted no command", channel_request, self._channel, "subsystem", name)
+        self.limited("accepted no command", channel_request, self._channel, "subsystem", name)
 
     def send(self, data: Any) -> int:
-        return int(self._limited("accepted no data", self._channel.send, data))
+        return int(self.limited("accepted no data", self._channel.send, data))
 
     def sendall(self, data: Any) -> None:
         view = memoryview(data.encode() if isinstance(data, str) else data)
@@ -11307,10 +11296,10 @@ class LimitedChannel:
             view = view[self.send(view) :]
 
     def recv(self, size: int) -> bytes:
-        return bytes(self._limited("sent no data", self._channel.recv, size))
+        return bytes(self.limited("sent no data", self._channel.recv, size))
 
     def recv_stderr(self, size: int) -> bytes:
-        return bytes(self._limited("sent no data", self._channel.recv_stderr, size))
+        return bytes(self.limited("sent no data", self._channel.recv_stderr, size))
 
     def recv_exit_status(self) -> int:
         """Return the exit status; -1 if the channel ended without one."""
@@ -11319,15 +11308,17 @@ class LimitedChannel:
         return int(self._channel.exit_status)
 
     def shutdown_write(self) -> None:
-        self._limited("accepted no data", self._channel.shutdown_write)
+        self.limited("accepted no data", self._channel.shutdown_write)
 
     def close(self) -> None:
         with contextlib.suppress(SSHError, *connection_errors()):
-            self._limited("accepted no data", self._channel.close)
+            self.limited("accepted no data", self._channel.close)
 
-    def _limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    def limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function; raise an SSHError that says what is ``failing`` if it takes too long."""
         # By itself the call ends within the timeout, unless it hangs while it writes.
-        with self._watchdog.limit(1.25 * self.timeout + 0.25, self._break_off) as limit:
+        seconds = 1.25 * self.timeout + 0.25
+        with self._watchdog.limit(seconds, lambda: self._transport.close()) as limit:
             try:
                 return call(*arguments)
             except Exception as error:
@@ -11335,9 +11326,6 @@ class LimitedChannel:
                     late = f"the host {failing} for {self.timeout:g}s"
                     raise SSHError(late) from error
                 raise
-
-    def _break_off(self) -> None:
-        self._transport.close()
 
 
 # ==================================================================================================
@@ -11358,13 +11346,13 @@ _ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
 
 def check_host_key(value: Any) -> str:
     """Check that a value is ``"pin"``, ``"accept"``, or a fingerprint."""
-    text = isinstance(value, str)
-    if text and re.fullmatch(r"pin|accept|SHA256:[A-Za-z0-9+/]{43}=?", value):
-        return str(value).rstrip("=")
-    raise (ValueError if text else TypeError)(
-        "host_key must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
-        f"`ssh-keygen -l` prints it, not {short_repr(value)}"
-    )
+    text = str(check_string("host_key", value))
+    if not re.fullmatch(r"pin|accept|SHA256:[A-Za-z0-9+/]{43}=?", text):
+        raise ValueError(
+            "host_key must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
+            f"`ssh-keygen -l` prints it, not {short_repr(text)}"
+        )
+    return text.rstrip("=")
 
 
 class HostKeys:
@@ -11390,7 +11378,9 @@ class HostKeys:
         """Return the pinned keys of a host: their type and base64, as in ``known_hosts``."""
         if alias in self._seen:
             return self._seen[alias]
-        return [pin for names, pin in self._lines() if _has_alias(names, alias)]
+        with contextlib.suppress(OSError):
+            return [pin for line in self._lines() if (pin := _pin_in(line, alias))]
+        return []
 
     def keep(self, alias: str, pin: str) -> None:
         """Pin a key instead of all others of the host."""
@@ -11406,34 +11396,14 @@ class HostKeys:
             self._rewrite(alias, None)
         return known
 
-    def make_folder(self) -> None:
-        """Make the state folder, so that OpenSSH can pin a key there."""
-        if self.path is not None:
-            try:
-                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            except OSError as error:
-                logger.warning("host keys can't be kept for the next process: %s", error)
-
-    def _lines(self) -> Iterator[tuple[str, str]]:
-        try:
-            text = self._text()
-        except OSError:
-            return
-        for line in text.splitlines():
-            words = line.split()
-            if len(words) >= 3 and not words[0].startswith(("#", "@")):
-                pin = f"{words[1]} {words[2]}"
-                if public_key_fingerprint(pin):
-                    yield words[0], pin
-
-    def _text(self) -> str:
+    def _lines(self) -> list[str]:
         if self.path is None:
-            return ""
+            return []
         try:
             with open(self.path, encoding="utf-8", errors="replace") as file:
-                return file.read(MAX_PINS_SIZE)
+                return file.read(MAX_PINS_SIZE).splitlines()
         except FileNotFoundError:
-            return ""
+            return []
 
     def _rewrite(self, alias: str, pin: str | None) -> None:
         """Replace the lines of a host in the file; only warn if that fails."""
@@ -11441,11 +11411,7 @@ class HostKeys:
             return
         try:
             with locked_path(self.path, LOCK_PATIENCE):
-                lines = [
-                    line
-                    for line in self._text().splitlines()
-                    if line.strip() and not _has_alias(line.split()[0], alias)
-                ]
+                lines = [line for line in self._lines() if not _has_alias(line, alias)]
                 if pin is not None:
                     lines.append(f"{alias} {pin}")
                 replace_file(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
@@ -11453,8 +11419,15 @@ class HostKeys:
             logger.warning("host keys can't be kept for the next process: %s", error)
 
 
-def _has_alias(names: str, alias: str) -> bool:
+def _pin_in(line: str, alias: str) -> str | None:
+    """Return the key in a line if the line is for a host."""
+    pin = " ".join(line.split()[1:3])
+    return pin if _has_alias(line, alias) and public_key_fingerprint(pin) else None
+
+
+def _has_alias(line: str, alias: str) -> bool:
     """Check if the first word of a line names a host; OpenSSH may have hashed it."""
+    names = line.partition(" ")[0]
     if not names.startswith("|1|"):
         return alias in names.split(",")
     try:
@@ -11523,7 +11496,7 @@ class KeyCheck:
         )
 
 
-def private_key_of(fingerprint: str) -> tuple[Path | None, Any]:
+def private_key_of(fingerprint: str) -> tuple[str | None, Any]:
     """Return the private key with a fingerprint.
 
     Returns:
@@ -11539,13 +11512,11 @@ def private_key_of(fingerprint: str) -> tuple[Path | None, Any]:
         return None, None
     for path in paths:
         if _file_fingerprint(path) == fingerprint:
-            return path, None
+            return str(path), None
     return None, None
 
 
 def _agent_keys() -> tuple[Any, ...]:
-    if not os.environ.get("SSH_AUTH_SOCK") and os.name != "nt":
-        return ()
     try:
         return tuple(import_paramiko().Agent().get_keys())
     except Exception as error:
@@ -11569,7 +11540,7 @@ def _file_fingerprint(path: Path) -> str | None:
 
 def _text_of(path: Path) -> str:
     try:
-        if not path.is_file():
+        if not path.is_file():  # opening a pipe would block
             return ""
         with open(path, encoding="ascii", errors="replace") as file:
             return file.read(LONGEST_KEY_FILE)
@@ -11826,11 +11797,12 @@ def parse_digests(text: bytes, count: int) -> list[str]:
 DEFAULT_USER = "root"
 DEFAULT_PORT = 22
 PLAIN_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
+_OPTION = r"(?<!\S)-([pl]) ?(\S+)"
 
 
 def parse_ssh_command(order: Any) -> dict[str, Any]:
     """Read host, port and user; see ``CloreClient.parse_ssh_connection``."""
-    raw = _ssh_line(order)
+    raw = text_of(order, "connection", "ssh") or ""
     host, port, user = parse_address(raw)
     return {"host": host, "port": port, "user": user if plain_user(user) else DEFAULT_USER,
             "raw": raw}  # fmt: skip
@@ -11842,43 +11814,25 @@ def plain_address(order: Order) -> dict[str, Any]:
     user = parse_address(address["raw"])[2]
     if address["host"] and (not user or plain_user(user)):
         return address
-    status = order.get("status")
     raise SSHError(
         f"the order has no address for SSH, or no plain one: connection.ssh is "
-        f"{short_repr(address['raw'])}, status {short_repr(status)}; "
+        f"{short_repr(address['raw'])}, status {short_repr(order.status)}; "
         "wait_for_order() returns an order that has one"
     )
-
-
-def _ssh_line(order: Any) -> str:
-    connection = order.get("connection") if isinstance(order, Mapping) else None
-    raw = connection.get("ssh") if isinstance(connection, Mapping) else None
-    return raw if isinstance(raw, str) else ""
 
 
 def parse_address(raw: str) -> tuple[str, int, str]:
     """Return the host, or "" if it is not a plain one, the port, and the unchecked user."""
     words = raw.split()
-    if words[:1] == ["ssh"]:
-        words = words[1:]
-    target, port, user = "", DEFAULT_PORT, ""
-    while words:
-        word = words.pop(0)
-        if word in ("-p", "-l") and words:
-            value = words.pop(0)
-            if word == "-l":
-                user = value
-            else:
-                port = _port_number(value)
-        elif word.startswith("-p"):
-            port = _port_number(word[2:])
-        elif word.startswith("-") or target:
-            # An option that could run a program here, or a command.
-            return "", DEFAULT_PORT, ""
-        else:
-            target = word
-    named, at, host = target.rpartition("@")
-    user = named if at else user
+    line = " ".join(words[1:] if words[:1] == ["ssh"] else words)
+    # No other options, which could run a program here, and no command.
+    found = re.fullmatch(rf"({_OPTION} )*(?P<target>[^- ]\S*)( {_OPTION})*", line)
+    if found is None:
+        return "", DEFAULT_PORT, ""
+    options = dict(re.findall(_OPTION, line))
+    port = _port_number(options.get("p", ""))
+    named, at, host = found["target"].rpartition("@")
+    user = named if at else options.get("l", "")
     if host.startswith("[") and "]" in host:
         host, _, rest = host[1:].partition("]")
         port = _port_number(rest[1:]) if rest[:1] == ":" else port
@@ -11979,8 +11933,8 @@ class OpenSSH:
         self._order_id = order.id
         self._pins = pins
         self._alias = pins.alias(order.id, self._address)
-        self._key = None if key_path is None else _whole_path(key_path)
-        self._in_file = pins.path is not None and bool(order.id)
+        self._key = None if key_path is None else whole_key_path(key_path)
+        self._file = pins.path if order.id else None
 
     def terminal_line(self) -> str:
         """Return a command line; see ``CloreClient.ssh_command``."""
@@ -12002,11 +11956,8 @@ class OpenSSH:
         """Return an entry for ``~/.ssh/config``; see ``CloreClient.ssh_config``."""
         name = name or (f"clore-{self._order_id}" if self._order_id else "clore")
         address = self._address
-        lines = [
-            ("HostName", address["host"]),
-            ("Port", address["port"]),
-            ("User", address["user"]),
-        ]
+        lines = [("HostName", address["host"]), ("Port", str(address["port"]))]
+        lines += [("User", address["user"])]
         if self._key is not None:
             lines += [("IdentityFile", _config_path(self._key)), ("IdentitiesOnly", "yes")]
         lines += self._host_key()
@@ -12017,11 +11968,9 @@ class OpenSSH:
         words = ["ssh", "-p", str(self._address["port"])]
         if self._key is not None:
             # With -i, OpenSSH looks for the file both with and without expanding % signs.
-            plain = _unexpanded(self._key) == self._key
-            words += ["-i", self._key] if plain else [
-                "-o", f"IdentityFile={_config_path(self._key)}"
-            ]  # fmt: skip
-        if self._in_file and self._pins.of(self._alias):
+            option = f"IdentityFile={_config_path(self._key)}"
+            words += ["-o", option] if "%" in self._key else ["-i", self._key]
+        if self._file is not None and self._pins.of(self._alias):
             for name, value in self._host_key():
                 words += ["-o", f"{name}={value}"]
         return words
@@ -12030,10 +11979,10 @@ class OpenSSH:
         """Return options to accept only the pinned key, or else to pin the first one seen."""
         known = self._pins.of(self._alias)
         strict = ("StrictHostKeyChecking", "yes" if known else "accept-new")
-        if self._in_file:
-            if not known:
-                self._pins.make_folder()
-            file = _config_path(str(self._pins.path))
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # OpenSSH will say that it can't pin a key there
+                self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = _config_path(str(self._file))
             return [("HostKeyAlias", self._alias), ("UserKnownHostsFile", file),
                     ("GlobalKnownHostsFile", "none"), ("UpdateHostKeys", "no"), strict]  # fmt: skip
         if not known:  # without a state folder, nothing is kept between two logins
@@ -12060,30 +12009,22 @@ def _rsync_word(word: str) -> str:
     return '"' + word.replace('"', '""') + '"'
 
 
-def _whole_path(path: Any) -> str:
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"key_path must be a path, not {short_repr(path)}")
+def whole_key_path(path: Any) -> str:
+    """Check the path of a private key, and return it as an absolute path."""
+    if not isinstance(path, os.PathLike):
+        check_text("key_path", path)
     check_local_path("key_path", path)
-    return str(os.path.abspath(os.path.expanduser(os.fspath(path))))
-
-
-def _unexpanded(path: str) -> str:
-    """Escape % signs, which OpenSSH would expand in a path."""
-    if "\n" in path or "${" in path:
-        raise ValueError(
-            "key_path or state_dir: OpenSSH can't use a path with a newline or '${': "
-            f"{short_repr(path)}"
-        )
-    return path.replace("%", "%%")
+    return str(os.path.abspath(os.path.expanduser(path)))
 
 
 def _config_path(path: str) -> str:
     """Escape and quote a path for a configuration file."""
-    if '"' in path:
+    if re.search(r"[\"\n]|\$\{", path):
         raise ValueError(
-            f"key_path or state_dir: OpenSSH can't use a path with '\"': {short_repr(path)}"
+            "key_path or state_dir: OpenSSH can't use a path with a newline, '\"' or '${': "
+            f"{short_repr(path)}"
         )
-    escaped = _unexpanded(path).replace("\\\\", "\\\\\\\\")
+    escaped = path.replace("%", "%%").replace("\\\\", "\\\\\\\\")
     return f'"{escaped}"' if re.search(r"[\s'#]", escaped) else escaped
 
 
@@ -12109,32 +12050,24 @@ class Login:
 
     Parameters:
         address: of the host, as ``plain_address`` returns it.
+        options: those of ``LOGIN_DEFAULTS``, and ``timeout``, in seconds.
         agent_key: a key of the SSH agent, or None.
         on_failure: called with the error of a failed login; may raise a better one.
     """
 
     def __init__(
-        self,
-        address: dict[str, Any],
-        keys: KeyCheck,
-        timeout: float,
-        agent_key: Any,
+        self, address: dict[str, Any], keys: KeyCheck, options: dict[str, Any], agent_key: Any,
         on_failure: Callable[[BaseException], None],
-        *,
-        password: str | None,
-        key_path: str | os.PathLike[str] | None,
-        passphrase: str | None,
-        wait: float,
-        use_ssh_config: bool,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.address = address
         self.where = "{user}@{host}:{port}".format(**self.address)
-        if passphrase is not None and key_path is None and agent_key is None:
+        self.password = options["password"]
+        self.key_path = None if self.password else options["key_path"]
+        passphrase = options["passphrase"]
+        if passphrase is not None and options["key_path"] is None and agent_key is None:
             raise ValueError("passphrase is for the key of key_path, and there is none")
-        self.password = password
-        self.key_path = None if key_path is None or password else os.path.expanduser(key_path)
-        self.timeout = timeout
-        self.wait = wait
+        self.timeout: float = options["timeout"]
+        self.wait = options["wait"]
         self.keys = keys
         self.on_failure = on_failure
         self._paramiko = import_paramiko()
@@ -12142,7 +12075,7 @@ class Login:
         self.key = agent_key
         if self.key_path is not None:
             self.key = self._read_key(self.key_path, passphrase)
-        self._config = HostConfig(self.address, use_ssh_config)
+        self._config = HostConfig(self.address, options["use_ssh_config"])
         self._tried = False
 
     def _read_key(self, path: str, passphrase: str | None) -> Any:
@@ -12209,7 +12142,8 @@ class Login:
             self._log_in(ssh)
             keep_alive(ssh.get_transport())
         except BaseException:
-            _give_up(ssh)
+            _break_off(ssh)
+            ssh.close()
             raise
         return ssh  # type: ignore[no-any-return]
 
@@ -12230,21 +12164,14 @@ class Login:
         hops: list[Any] = []
         try:
             ssh.connect(
-                self.address["host"],
-                port=self.address["port"],
-                username=self.address["user"],
-                password=self.password,
-                pkey=self.key,
-                timeout=self._connect_timeout(),
-                banner_timeout=self.timeout,
-                auth_timeout=self.timeout,
-                channel_timeout=self.timeout,
+                self.address["host"], self.address["port"], self.address["user"],
+                password=self.password, pkey=self.key, allow_agent=plain, look_for_keys=plain,
                 key_filename=self._config.identities or None if plain else None,
-                allow_agent=plain,
-                look_for_keys=plain,
+                timeout=self._connect_timeout(), banner_timeout=self.timeout,
+                auth_timeout=self.timeout, channel_timeout=self.timeout,
                 sock=self._config.connect_jump_hosts(hops, self.timeout),
                 transport_factory=functools.partial(self._transport, hops),
-            )
+            )  # fmt: skip
         except BaseException:
             for hop in hops:
                 hop.close()
@@ -12253,7 +12180,7 @@ class Login:
     def _connect_timeout(self) -> float:
         """Return the TCP timeout. The first is short, so that the order can be checked early."""
         first, self._tried = not self._tried, True
-        return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
+        return min(self.timeout, FIRST_CONNECT) if first and self.wait else self.timeout
 
     def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
@@ -12287,8 +12214,6 @@ class Login:
             failure = SSHError(self._refusal(ssh, error))
             failure.reason = "refused"
             return failure
-        if isinstance(error, socket.gaierror):
-            return NotUpYetError(f"the host name is not known ({text})")
         if isinstance(error, EOFError):
             return NotUpYetError("it closed the connection")
         if isinstance(error, OSError) or any(part in lower for part in ("banner", "reset", "eof")):
@@ -12334,12 +12259,6 @@ def _break_off(ssh: Any) -> None:
     transport = ssh.get_transport()
     if transport is not None:
         transport.close()
-
-
-def _give_up(ssh: Any) -> None:
-    transport = ssh.get_transport()
-    ssh.close()
-    if transport is not None:
         transport.packetizer.complete_handshake()  # ends paramiko's timer
 
 
@@ -12348,24 +12267,20 @@ class ConnectionPool:
 
     Parameters:
         login: for new connections; None if ``ssh`` is used.
+        on_failure: called with an error if a connection broke; may raise a better one.
         ssh: the caller's connection.
         size: the highest number of connections.
         eager: open all of them now, at the same time; else each one when it is needed.
-        on_failure: called with an error if ``ssh`` broke; may raise a better one.
     """
 
     def __init__(
-        self,
-        login: Login | None,
-        ssh: Any = None,
-        size: int = 1,
-        eager: bool = True,
-        on_failure: Callable[[BaseException], None] | None = None,
-    ) -> None:
-        self.size = size if login is not None else 1
+        self, login: Login | None, on_failure: Callable[[BaseException], None], ssh: Any = None,
+        size: int = 1, eager: bool = True,
+    ) -> None:  # fmt: skip
+        self.size = size
         self._eager = eager
-        self._login = login
-        self._on_failure = login.on_failure if login is not None else on_failure
+        self._login: Any = login
+        self._on_failure = on_failure
         self._opened: list[Any] = [ssh] + [None] * (self.size - 1)
         self._threads: dict[int, threading.Thread] = {}
         self._lock = threading.Lock()
@@ -12374,19 +12289,18 @@ class ConnectionPool:
     def __enter__(self) -> ConnectionPool:
         if self._login is not None:
             for number in range(1, self.size if self._eager else 1):
-                self._begin(self._login, number)
+                self._threads[number] = start_thread("login", self._open, number)
             try:
-                first = functools.partial(self._first, self._login)
-                self._opened[0] = self._login.open(first=first)
+                self._opened[0] = self._login.open(first=self._first)
             except BaseException:
                 self._close()
                 raise
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        lost = isinstance(error, SSHError) and not is_connected(self.ssh)
+        lost = not is_connected(self.ssh)
         self._close()
-        if lost and error is not None and self._on_failure is not None:
+        if lost and isinstance(error, SSHError):
             self._on_failure(error)
 
     @property
@@ -12407,10 +12321,10 @@ class ConnectionPool:
 
     def get(self, number: int) -> Any:
         """Wait for a connection and return it, or None if the host refuses so many."""
-        if number and self._login is not None:
+        if number:
             with self._lock:
                 if number not in self._threads:
-                    self._begin(self._login, number)
+                    self._threads[number] = start_thread("login", self._open, number)
             self._threads[number].join()
         return self._opened[number]
 
@@ -12420,10 +12334,10 @@ class ConnectionPool:
             if ssh is not None:
                 ssh.close()
 
-    def _first(self, login: Login) -> Any:
+    def _first(self) -> Any:
         """Open the first connection, or take another one if the host allows only one."""
         try:
-            return login.once()
+            return self._login.once()
         except NotUpYetError:
             for number, thread in self._threads.items():
                 thread.join()
@@ -12432,12 +12346,9 @@ class ConnectionPool:
                     return ssh
             raise
 
-    def _begin(self, login: Login, number: int) -> None:
-        self._threads[number] = start_thread("login", self._open, login, number)
-
-    def _open(self, login: Login, number: int) -> None:
+    def _open(self, number: int) -> None:
         try:
-            self._opened[number] = login.once()
+            self._opened[number] = self._login.once()
         except Exception as error:
             logger.debug("a further connection was refused: %s", error)
 
@@ -12484,6 +12395,13 @@ def command_line(command: str | Sequence[str]) -> str:
         raise ValueError("command must not be empty")
     encoded("command", line)
     return line
+
+
+def command_lines(command: str | Sequence[str], env: Any) -> tuple[str, bytes]:
+    """Return a command as a line for a shell, and encoded, after lines that set variables."""
+    line, variables = command_line(command), exports(env)
+    lines = csh_line(variables, command, line) + variables + line
+    return line, SecretBytes(encoded("command", lines))
 
 
 def quoted_word(word: str) -> str:
@@ -12656,11 +12574,14 @@ class PidLine:
             self.prefix = f"sh -c 'echo {mark}$PPID >&2; read -r line' || exit 121\n"
         self._line = re.compile(mark.encode() + rb"([2-9]|[1-9][0-9]{1,9})\n")
         self._held = b""
-        self._done = False
+
+    def before(self, lines: bytes) -> SecretBytes:
+        """Return the lines of a command after the prefix."""
+        return SecretBytes(self.prefix.encode() + lines)
 
     def remove_from(self, data: bytes) -> bytes:
         """Return the next part of stderr without the line."""
-        if self._done:
+        if self.pid is not None:
             return data
         self._held += data
         found = self._line.search(self._held)
@@ -12668,7 +12589,6 @@ class PidLine:
             surplus = self._held[:-MAX_STDERR_BEFORE_PID]
             self._held = self._held[-MAX_STDERR_BEFORE_PID:]
             return surplus
-        self._done = True
         self.pid = int(found[1])
         self._held = self._held[: found.start()] + self._held[found.end() :]
         return self.rest()
@@ -13994,25 +13914,17 @@ _SIGNAL_CODES = range(129, 193)
 Connect = Callable[[float], ConnectionPool]
 
 
-class JobCommand:
-    """Check the arguments of ``start``."""
-
-    def __init__(
-        self,
-        command: str | Sequence[str],
-        *,
-        name: str | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | os.PathLike[str] | None = None,
-    ) -> None:
-        self.line = command_line(command)
-        self.encoded_line = encoded("command", self.line)
-        self.name = f"job-{os.urandom(4).hex()}" if name is None else check_plain_name(name)
-        self.exports = SecretBytes(encoded("env", exports(env)))
-        self.cwd = remote_path(check_path("cwd", "~" if cwd is None else cwd))
+def job_variables(command: Any, name: Any, env: Any, cwd: Any) -> dict[str, Any]:
+    """Check the arguments of ``start``, and return the variables of the script."""
+    return {
+        "name": f"job-{os.urandom(4).hex()}" if name is None else check_plain_name(name),
+        "command": encoded("command", command_line(command)),
+        "exports": SecretBytes(encoded("env", exports(env))),
+        "cwd": remote_path(check_path("cwd", "~" if cwd is None else cwd)),
+    }
 
 
-class JobState:
+class JobState(NamedTuple):
     """The state of a job, as the host reports it.
 
     Attributes:
@@ -14021,10 +13933,9 @@ class JobState:
         started: Unix time on the host's clock.
     """
 
-    def __init__(self, status: str, exit_code: int | None = None, started: float = 0.0) -> None:
-        self.status = status
-        self.exit_code = exit_code
-        self.started = started
+    status: str
+    exit_code: int | None = None
+    started: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> JobState:
@@ -14083,15 +13994,13 @@ class HostJobs:
             except SSHError as error:
                 raise JobError(f"job {name!r}: {error}", name=name) from error
 
-    def start(self, job: JobCommand) -> Job:
-        """Start a job, and return it once it runs."""
-        started = self.call(
-            "job", b"started", name=job.name, command=job.encoded_line, exports=job.exports,
-            cwd=job.cwd, runner=JOB_RUNNER,
-        )  # fmt: skip
-        logger.debug("job %s runs: %s", job.name, printable(job.line, 200))
+    def start(self, variables: dict[str, Any]) -> Job:
+        """Start a job with :func:`job_variables`, and return it once it runs."""
+        started = self.call("job", b"started", runner=JOB_RUNNER, **variables)
+        name, line = variables["name"], variables["command"].decode("utf-8", "surrogateescape")
+        logger.debug("job %s runs: %s", name, printable(line, 200))
         state = JobState.parse(f"running - {started.decode('ascii', 'replace')}")
-        return Job(self, job.name, job.line, state)
+        return Job(self, name, line, state)
 
     def find(self, name: str = "") -> list[Job]:
         """Return the jobs of the host, or the one with this name."""
@@ -14211,8 +14120,26 @@ class Job:
         """
         check_callback("on_output", on_output, 1)
         splitter = None if on_output is None else LineSplitter(STDOUT, on_output)
-        with ProgressOptions(on_progress, progress).reporting() as report:
-            return self._follow(splitter, timeout, report)
+        limit = check_optional_number("timeout", timeout, infinite=True, unit="seconds")
+        deadline = math.inf if limit is None else time.monotonic() + limit
+        output = JobOutput(self._host, self.name, deadline, skip=splitter is None)
+        try:
+            with (
+                ProgressOptions(on_progress, progress).reporting() as report,
+                contextlib.closing(output.pieces()) as pieces,
+            ):
+                for piece in pieces:
+                    if splitter is not None:
+                        splitter.feed(piece)
+                    if report is not None and not piece:
+                        text = f"job {self.name}: {readable_size(output.size)} of output"
+                        report(ProgressEvent("job", output.size, text))
+            self._state = output.state or self._state
+        except OrderEndedError:
+            self._state = JobState("lost")
+        if splitter is not None:
+            splitter.finish()
+        return self._state.exit_code
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for the end of the job; takes the same ``timeout`` as :meth:`follow`.
@@ -14224,7 +14151,7 @@ class Job:
             >>> job.wait(timeout=3600)
             0
         """
-        return self._follow(None, timeout)
+        return self.follow(None, timeout=timeout)
 
     def stop(self, grace: float = 10.0) -> None:
         """Stop the job with all its processes: with SIGTERM, and later with SIGKILL.
@@ -14259,27 +14186,6 @@ class Job:
             except OrderEndedError:
                 self._state = JobState("lost")
         return self._state
-
-    def _follow(
-        self, splitter: LineSplitter | None, timeout: float | None, report: Report | None = None
-    ) -> int | None:
-        limit = check_optional_number("timeout", timeout, infinite=True, unit="seconds")
-        deadline = math.inf if limit is None else time.monotonic() + limit
-        output = JobOutput(self._host, self.name, deadline, skip=splitter is None)
-        try:
-            with contextlib.closing(output.pieces()) as pieces:
-                for piece in pieces:
-                    if splitter is not None:
-                        splitter.feed(piece)
-                    if report is not None and not piece:
-                        text = f"job {self.name}: {readable_size(output.size)} of output"
-                        report(ProgressEvent("job", output.size, text))
-            self._state = output.state or self._state
-        except OrderEndedError:
-            self._state = JobState("lost")
-        if splitter is not None:
-            splitter.finish()
-        return self._state.exit_code
 
 
 class JobOutput:
@@ -14395,17 +14301,12 @@ def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
                 f"{', '.join(sorted(LOGIN_DEFAULTS))}"
             )
     options = {**LOGIN_DEFAULTS, **given}
-    for name in ("key_path", "host_key"):  # not secret, and shown in errors
-        if isinstance(options[name], Secret):
-            options[name] = str(options[name])
     check_number("wait", options["wait"], infinite=True, unit="seconds")
     for name in ("password", "passphrase"):
         if options[name] is not None:
             check_text(name, options[name], secret=True)
     if options["key_path"] is not None:
-        if not isinstance(options["key_path"], os.PathLike):
-            check_text("key_path", options["key_path"])
-        check_local_path("key_path", options["key_path"])
+        options["key_path"] = whole_key_path(options["key_path"])
     check_bool("use_ssh_config", options["use_ssh_config"])
     options["host_key"] = check_host_key(options["host_key"])
     return options
@@ -14418,24 +14319,21 @@ def check_connection(ssh: Any) -> Any:
     return ssh
 
 
+def _id_of(order: Any) -> int | None:
+    """Return the id of an order; None if it is a record without one."""
+    return Order(order).id if isinstance(order, Mapping) else check_order_id("order", order)
+
+
 class SSHAccess:
     """Log in to the hosts of an account.
 
     Parameters:
-        client: the client, for its API key and base URL.
         orders: the orders, for the passwords that were sent with them.
         folder: the state folder, or None if none is used.
         history: records hosts without sshd, and those that refuse the saved login.
     """
 
-    def __init__(
-        self,
-        client: OrdersClient,
-        orders: AccountOrders,
-        folder: Path | None,
-        history: HostHistory,
-    ) -> None:
-        self._client = client
+    def __init__(self, orders: AccountOrders, folder: Path | None, history: HostHistory) -> None:
         self._orders = orders
         self._folder = folder
         self._history = history
@@ -14444,7 +14342,7 @@ class SSHAccess:
     @property
     def _host_keys(self) -> HostKeys:
         """Return the host keys of the account; the client's API key may change."""
-        account = account_digest(self._client.base_url, self._client.api_key)
+        account = self._orders.account
         return self._by_account.setdefault(account, HostKeys(self._folder, account))
 
     def _with_address(self, order: Any) -> Order:
@@ -14453,29 +14351,27 @@ class SSHAccess:
         Raises:
             OrderEndedError, OrderNotFoundError: the order has ended, or does not exist.
         """
-        if isinstance(order, Mapping):
-            record = order if isinstance(order, Order) else Order(order)
-            if record.id is None:
-                return record
-            if record.has_ended:
-                raise ended_error(record.id, record.status or "", record)
-            self._orders.check_not_ended(record.id)
-            if parse_ssh_command(record)["raw"]:
-                return record
-            try:
-                return self._orders.running(record.id)
-            except OrderEndedError:
-                raise
-            except CloreError as error:
-                logger.debug("order %d can't be read: %s", record.id, error)
-                return record
-        return self._orders.running(check_order_id("order", order))
+        if not isinstance(order, Mapping):
+            return self._orders.running(check_order_id("order", order))
+        record = order if isinstance(order, Order) else Order(order)
+        if record.id is None:
+            return record
+        if record.has_ended:
+            raise ended_error(record.id, record.status or "", record)
+        self._orders.check_not_ended(record.id)
+        if record.ssh_command:
+            return record
+        try:
+            return self._orders.running(record.id)
+        except OrderEndedError:
+            raise
+        except CloreError as error:
+            logger.debug("order %d can't be read: %s", record.id, error)
+            return record
 
     def forget_host_key(self, order: Any) -> bool:
         """Forget the host key of an order; see ``CloreClient.forget_host_key``."""
-        if not isinstance(order, Mapping):
-            order = {"order_id": check_order_id("order", order)}
-        alias = self._host_keys.alias(Order(order).id, parse_ssh_command(order))
+        alias = self._host_keys.alias(_id_of(order), parse_ssh_command(order))
         return self._host_keys.forget(alias)
 
     def openssh(self, order: Any, key_path: Any) -> OpenSSH:
@@ -14483,7 +14379,7 @@ class SSHAccess:
         order = self._with_address(order)
         return OpenSSH(order, self._host_keys, key_path or self._key_of(order)[0])
 
-    def _key_of(self, order: Order) -> tuple[Path | None, Any]:
+    def _key_of(self, order: Order) -> tuple[str | None, Any]:
         """Return the private key of the public key that was sent with an order.
 
         Returns:
@@ -14510,7 +14406,7 @@ class SSHAccess:
             if not options["password"]:
                 options["key_path"], agent_key = self._key_of(order)
         address = plain_address(order)
-        keys = KeyCheck(self._host_keys, order.id, address, options.pop("host_key"))
+        keys = KeyCheck(self._host_keys, order.id, address, options["host_key"])
 
         def on_failure(error: BaseException) -> None:
             self._raise_if_ended(order.id, error)
@@ -14518,7 +14414,7 @@ class SSHAccess:
                 outcome = LOGIN_OUTCOMES.get(getattr(error, "reason", ""))
                 self._history.record(order.server_id, outcome)
 
-        return Login(address, keys, timeout, agent_key, on_failure, **options)
+        return Login(address, keys, {**options, "timeout": timeout}, agent_key, on_failure)
 
     def _raise_if_ended(self, order_id: int | None, error: BaseException) -> None:
         """Raise a better error if a connection failed because the order has ended."""
@@ -14526,15 +14422,9 @@ class SSHAccess:
             self._orders.raise_if_ended(order_id, error)
 
     def connected(
-        self,
-        order: Any,
-        ssh: paramiko.SSHClient | None,
-        login: dict[str, Any],
-        timeout: float = 30.0,
-        size: int = 1,
-        eager: bool = True,
-        deadline: float | None = None,
-    ) -> ConnectionPool:
+        self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any],
+        timeout: float = 30.0, size: int = 1, eager: bool = True, deadline: float | None = None,
+    ) -> ConnectionPool:  # fmt: skip
         """Return the caller's connection, or logins to make when the pool is entered.
 
         Parameters:
@@ -14542,13 +14432,12 @@ class SSHAccess:
         """
         options = check_login_options(login)
         if ssh is not None:
-            record = isinstance(order, Mapping)
-            number = Order(order).id if record else check_order_id("order", order)
-            on_failure = functools.partial(self._raise_if_ended, number)
-            return ConnectionPool(None, check_connection(ssh), on_failure=on_failure)
+            on_failure = functools.partial(self._raise_if_ended, _id_of(order))
+            return ConnectionPool(None, on_failure, check_connection(ssh))
         if deadline is not None:
             timeout, options["wait"] = min(timeout, deadline), min(options["wait"], deadline)
-        return ConnectionPool(self.login(order, options, timeout), None, size, eager)
+        checked = self.login(order, options, timeout)
+        return ConnectionPool(checked, checked.on_failure, None, size, eager)
 
     def jobs(self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any]) -> HostJobs:
         """Return the jobs of the host of an order."""
@@ -14558,9 +14447,8 @@ class SSHAccess:
             self.login(order, login)  # check the arguments now
 
         def connect(seconds: float) -> ConnectionPool:
-            wait = min(seconds, options["wait"])
-            limit = max(seconds, LEAST_PATIENCE)
-            return self.connected(order, ssh, {**options, "wait": wait}, deadline=limit)
+            limited = {**options, "wait": min(seconds, options["wait"])}
+            return self.connected(order, ssh, limited, deadline=max(seconds, LEAST_PATIENCE))
 
         return HostJobs(connect, reconnects=ssh is None)
 
@@ -14614,20 +14502,11 @@ class Command:
     """
 
     def __init__(
-        self,
-        command: str | Sequence[str],
-        *,
-        check: bool = True,
-        timeout: float | None = None,
-        input: str | bytes | None = None,
-        env: Mapping[str, str] | None = None,
-        on_output: Callable[[OutputLine], object] | None = None,
-        max_output: int = MAX_OUTPUT,
-    ) -> None:
-        self.line = command_line(command)
-        variables = exports(env)
-        first = csh_line(variables, command, self.line)
-        self.encoded_line = encoded("command", first + variables + self.line)
+        self, command: str | Sequence[str], *, check: bool = True, timeout: float | None = None,
+        input: str | bytes | None = None, env: Mapping[str, str] | None = None,
+        on_output: Callable[[OutputLine], object] | None = None, max_output: int = MAX_OUTPUT,
+    ) -> None:  # fmt: skip
+        self.line, self.encoded_lines = command_lines(command, env)
         self.input = input_bytes(input)
         limit = math.inf if timeout is None else timeout
         self.timeout = check_number("timeout", limit, above=True, infinite=True, unit="seconds")
@@ -14723,8 +14602,8 @@ class RunningCommand:
         seconds = min(START_TIMEOUT, self._time_left())
         start_by = time.monotonic() + seconds
         with self._limited(seconds + PATIENCE):
-            self._channel = open_session(
-                self._transport, seconds, patience=min(seconds, SESSION_PATIENCE)
+            self._channel = with_patience(
+                min(seconds, SESSION_PATIENCE), lambda: open_session(self._transport, seconds)
             )
             self._channel.settimeout(None)  # a command may read its input late
             # paramiko clears an event when one stream is empty, though the other may have data.
@@ -14732,8 +14611,8 @@ class RunningCommand:
             self._channel.in_buffer.set_event(event)
             self._channel.in_stderr_buffer.set_event(event)
             self._watch_for_exit_signal()
-            line = SecretBytes(self._pid_line.prefix.encode() + self._command.encoded_line)
-            channel_request(self._channel, "exec", line)
+            lines = self._pid_line.before(self._command.encoded_lines)
+            channel_request(self._channel, "exec", lines)
             open_next_session(self._transport)
             if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):
                 raise SSHError(f"the host did not start the command within {START_TIMEOUT:g}s")
@@ -14781,8 +14660,8 @@ class RunningCommand:
         The stream may stay open, because a process in the background can hold it.
         """
         give_up_at = time.monotonic() + self._time_left() + OVERTIME
-        expected = self._channel.in_window_size + LATE_OUTPUT
         silent_since = time.monotonic()
+        expected = self._channel.in_window_size + LATE_OUTPUT
         while not self._complete() and expected > 0 and time.monotonic() < give_up_at:
             size = self._read_or_wait(POLL)
             self._output.report()
@@ -14947,9 +14826,9 @@ NOT_IN_A_NAME = r"[\0-\x1f\x7f-\x9f/" + (r'\\:*?"<>|]' if os.name == "nt" else "
 
 def guarded_scp(
     ssh: Any, *, socket_timeout: float = 30.0, max_bytes: int | None = None,
-    progress: Callable[..., object] | None = None, owns_ssh: bool = False,
+    progress: Callable[..., object] | None = None,
 ) -> Any:  # fmt: skip
-    """Return a ``scp.SCPClient`` that is safe to use with a hostile host.
+    """Return a ``scp.SCPClient`` that is safe to use with a hostile host, and owns ``ssh``.
 
     It checks each record of the host before scp acts on it, limits each wait, and raises
     :class:`TransferError`. A transfer that fails may leave a partial file inside the target, even
@@ -14959,7 +14838,6 @@ def guarded_scp(
         socket_timeout: seconds of silence.
         max_bytes: the most bytes that one ``get()`` may receive; None for no limit.
         progress: called with (name, size, done), as by ``scp.SCPClient``.
-        owns_ssh: whether ``close()`` also closes ``ssh``.
     """
     try:
         scp = importlib.import_module("scp")
@@ -14971,9 +14849,8 @@ def guarded_scp(
     if transport is None or not transport.is_active():
         raise SSHError("scp() needs an open connection, and this one is closed: connect again")
     client_class: Any = type("GuardedSCPClient", (ScpGuard, scp.SCPClient), {})
-    owned = ssh if owns_ssh else None
     try:
-        return client_class(transport, socket_timeout, progress, limit, owned)
+        return client_class(ssh, transport, socket_timeout, progress, limit)
     except OSError as error:
         raise SSHError(f"the connection broke: {reason(error)}") from error
 
@@ -15028,9 +14905,9 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
     _rename: bool
     _current: tuple[str, int, int | None]  # name, bytes done, bytes in total
 
-    def __init__(self, transport: Any, timeout: float, progress: Any, limit: float, ssh: Any):
+    def __init__(self, ssh: Any, transport: Any, timeout: float, progress: Any, limit: float):
         super().__init__(transport, SCP_BUFFER, timeout, self._report)
-        self._owned_ssh = ssh
+        self._ssh = ssh
         self._max_bytes = limit
         self._user_progress = progress or (lambda *_: None)
 
@@ -15045,11 +14922,11 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
         return self
 
     def close(self) -> None:
-        """Close the connection, if it is owned."""
+        """Close the connection."""
         if self.channel is not None:  # scp calls this at the end of each transfer
             self.channel.finish()
-        elif self._owned_ssh is not None:
-            self._owned_ssh.close()
+        else:
+            self._ssh.close()
 
     def _open(self) -> ScpChannel:
         return ScpChannel(self.transport, self.socket_timeout, self._watchdog)
@@ -15292,27 +15169,23 @@ def run_shell(ssh: paramiko.SSHClient) -> int:
     """Run the login shell of a host in this terminal; see ``CloreClient.shell``."""
     source, target = check_terminal()
     with Watchdog() as watchdog:
-        terminal = _Terminal(ssh.get_transport(), watchdog, source, target)
+        channel = LimitedChannel(ssh.get_transport(), SHELL_TIMEOUT, watchdog)
         with _raw_mode(source):
-            return terminal.run()
+            return _Terminal(source, target).run(channel)
 
 
 class _Terminal:
     """Pass bytes between this terminal and a shell on a host."""
 
-    def __init__(self, transport: Any, watchdog: Watchdog, source: int, target: int) -> None:
-        self._transport = transport
-        self._watchdog = watchdog
+    def __init__(self, source: int, target: int) -> None:
         self._source = source
         self._target = target
         self._size = os.get_terminal_size(target)
         self._reads = True  # until the end of the input
 
-    def run(self) -> int:
-        """Return the exit code of the shell."""
-        channel: LimitedChannel | None = None
+    def run(self, channel: LimitedChannel) -> int:
+        """Run a shell on a channel, and return its exit code."""
         try:
-            channel = LimitedChannel(self._transport, SHELL_TIMEOUT, self._watchdog)
             self._start(channel)
             while not (channel.closed or (channel.eof_received and not channel.recv_ready())):
                 self._follow_size(channel)
@@ -15323,22 +15196,16 @@ class _Terminal:
                 error
             )
         finally:
-            if channel is not None:
-                channel.timeout = CLOSE_TIMEOUT
-                channel.close()
-
-    def _limited(self) -> contextlib.AbstractContextManager[Any]:
-        """Close the connection if a block takes too long: paramiko has no timeout there."""
-        return self._watchdog.limit(SHELL_TIMEOUT, self._transport.close)
+            channel.timeout = CLOSE_TIMEOUT
+            channel.close()
 
     def _start(self, channel: LimitedChannel) -> None:
         kind = os.environ.get("TERM", "xterm-256color")
         try:
-            with self._limited():
-                channel.get_pty(kind, self._size.columns, self._size.lines)
-                channel.invoke_shell()
+            channel.limited("opened no terminal", channel.get_pty, kind, *self._size)
+            channel.limited("opened no terminal", channel.invoke_shell)
         except connection_errors() as error:
-            if not self._transport.is_active():
+            if not channel.get_transport().is_active():
                 raise
             raise SSHError(f"the host did not open a terminal ({reason(error)}): use run()") from (
                 error
@@ -15349,8 +15216,7 @@ class _Terminal:
         size = os.get_terminal_size(self._target)
         if size != self._size:
             self._size = size
-            with self._limited():
-                channel.resize_pty(size.columns, size.lines)
+            channel.limited("accepted no data", channel.resize_pty, *size)
 
     def _pass_on(self, channel: LimitedChannel) -> None:
         """Pass on the data of both directions; return soon if there is none."""
@@ -15371,7 +15237,7 @@ class _Terminal:
     def _exit_code(self, channel: LimitedChannel) -> int:
         if channel.status_event.wait(CLOSE_TIMEOUT) and channel.exit_status >= 0:
             return int(channel.exit_status)
-        if not self._transport.is_active():
+        if not channel.get_transport().is_active():
             raise SSHError("the connection broke, and the shell ended")
         return -1
 
@@ -16829,68 +16695,52 @@ class Forward:
     """
 
     def __init__(
-        self,
-        ssh: paramiko.SSHClient,
-        remote_port: int,
-        local_port: int = 0,
-        owns: bool = False,
+        self, ssh: paramiko.SSHClient, remote_port: int, local_port: int = 0, owns: bool = False,
         log_level: int = logging.WARNING,
-    ) -> None:
-        check_forward_arguments(remote_port, local_port)
+    ) -> None:  # fmt: skip
         self._ssh = ssh
         self._remote_port = remote_port
         self._local_port = local_port
         self._owns = owns
         self._log_level = log_level
-        self._transport: Any = None
-        self._listener: socket.socket | None = None
+        self._transport: Any = ssh.get_transport()
         self._acceptor: threading.Thread | None = None
         self._closing = threading.Event()
         self._links: list[_Link] = []
 
     def __repr__(self) -> str:
-        state = "closed" if self._listener is None else "open"
+        state = "open" if self._acceptor and not self._closing.is_set() else "closed"
         return f"<Forward of {LOOPBACK}:{self._local_port} to port {self._remote_port}, {state}>"
 
     def __enter__(self) -> int:
         try:
             return self._open()
         except BaseException:
-            self._close()
+            self.__exit__()
             raise
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
 
     def _open(self) -> int:
         if self._acceptor is not None:
             raise SSHError("a Forward can be entered only once: make another one")
         if not is_connected(self._ssh):
             raise SSHError("the connection to the host is closed: open another one")
-        self._transport = self._ssh.get_transport()
+        address = (LOOPBACK, self._local_port)
         try:
-            self._listener = socket.create_server(
-                (LOOPBACK, self._local_port), backlog=FORWARD_BACKLOG
-            )
+            listener = socket.create_server(address, backlog=FORWARD_BACKLOG)
         except OSError as error:
             raise OSError(
                 error.errno, f"local_port {self._local_port} can't be used: {error.strerror}"
             ) from error
-        self._listener.settimeout(FORWARD_POLL)
-        self._local_port = self._listener.getsockname()[1]
-        self._acceptor = start_thread(
-            f"forward-{self._local_port}", self._accept_all, self._listener
-        )
+        listener.settimeout(FORWARD_POLL)
+        self._local_port = listener.getsockname()[1]
+        self._acceptor = start_thread(f"forward-{self._local_port}", self._accept_all, listener)
         logger.debug("forwarding port %d to port %d", self._local_port, self._remote_port)
         return self._local_port
 
-    def _close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closing.set()
         if self._acceptor is not None:
             self._acceptor.join()
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
         for link in self._links:
             link.close_socket()
         if self._links:
@@ -16905,44 +16755,51 @@ class Forward:
             link.thread.join(max(0.0, deadline - time.monotonic()))
 
     def _accept_all(self, listener: socket.socket) -> None:
-        while not self._closing.is_set():
-            try:
-                sock, peer = listener.accept()
-            except TimeoutError:
-                continue
-            except OSError as error:  # too many open files, most likely
-                logger.warning("port %d can't accept a connection: %s", self._local_port, error)
-                self._closing.wait(FORWARD_POLL)
-                continue
-            self._links = [link for link in self._links if link.thread.is_alive()]
-            try:
-                self._links.append(
-                    _Link(self._transport, self._remote_port, sock, peer, self._log_level)
-                )
-            except RuntimeError as error:  # too many threads
-                logger.warning("port %d dropped a connection: %s", self._local_port, error)
-                sock.close()
+        with listener:
+            while not self._closing.is_set():
+                try:
+                    sock, peer = listener.accept()
+                    link = _Link(self._open_channel, sock, peer)
+                except TimeoutError:
+                    continue
+                except (OSError, RuntimeError) as error:  # too many open files, or threads
+                    logger.warning("port %d can't accept a connection: %s", self._local_port, error)
+                    self._closing.wait(FORWARD_POLL)
+                    continue
+                self._links = [link, *(old for old in self._links if old.thread.is_alive())]
+
+    def _open_channel(self, peer: tuple[str, int]) -> Any:
+        """Connect to the port on the host; return None if that fails."""
+        try:
+            return self._transport.open_channel(
+                "direct-tcpip", (REMOTE_HOST, self._remote_port), peer, timeout=FORWARD_OPENING
+            )
+        except connection_errors() as error:
+            if not self._closing.is_set():
+                text = "port %d of the host accepted no connection: %s"
+                logger.log(self._log_level, text, self._remote_port, reason(error))
+            return None
 
 
 class _Link:
     """Forward one connection: a local socket, a channel, and a thread for each direction.
 
+    Parameters:
+        open_channel: returns the channel, or None.
+        sock: the local socket.
+        peer: its other end.
+
     Attributes:
         thread: the thread that ends when both directions have ended.
     """
 
-    def __init__(
-        self, transport: Any, remote_port: int, sock: socket.socket, peer: tuple[str, int],
-        log_level: int,
-    ) -> None:  # fmt: skip
-        self._transport = transport
-        self._remote_port = remote_port
+    def __init__(self, open_channel: Callable[..., Any], sock: socket.socket, peer: Any) -> None:
+        self._open_channel = open_channel
         self._sock = sock
         self._peer = peer
         self._channel: Any = None
         self._closing = False
         self._complete = False  # all data from the host was passed on
-        self._log_level = log_level
         self.thread = start_thread("forwarded", self._run)
 
     def close_socket(self) -> None:
@@ -16960,7 +16817,8 @@ class _Link:
     def _run(self) -> None:
         try:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._open_channel():
+            self._channel = self._open_channel(self._peer)
+            if self._channel is not None and not self._closing:
                 sender = start_thread("forwarded-out", self._send)
                 self._receive()
                 sender.join()
@@ -16972,19 +16830,6 @@ class _Link:
                     self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             self._sock.close()
             self.close_channel()
-
-    def _open_channel(self) -> bool:
-        try:
-            self._channel = self._transport.open_channel(
-                "direct-tcpip", (REMOTE_HOST, self._remote_port), self._peer,
-                timeout=FORWARD_OPENING,
-            )  # fmt: skip
-        except connection_errors() as error:
-            if not self._closing:
-                text = "port %d of the host accepted no connection: %s"
-                logger.log(self._log_level, text, self._remote_port, reason(error))
-            return False
-        return not self._closing
 
     def _receive(self) -> None:
         """Copy from the host to the local socket."""
@@ -17052,7 +16897,7 @@ class HTTPWait:
     def at_public_address(self, user_agent: str) -> int:
         """Wait for a response from the public address, and return its status."""
         with Session(user_agent) as session:
-            return self._wait(lambda: self._get(session, self.url or ""))
+            return self._wait(session, self.url or "")
 
     def on_host(self, ssh: paramiko.SSHClient, user_agent: str) -> int:
         """Wait for a response from the port of the host, over SSH, and return its status."""
@@ -17062,20 +16907,15 @@ class HTTPWait:
             session.trust_env = False  # no proxy
             session.headers["Host"] = f"{REMOTE_HOST}:{self.port}"
             session.headers["Connection"] = "close"
-            url = f"http://{LOOPBACK}:{local_port}{self.path}"
+            return self._wait(session, f"http://{LOOPBACK}:{local_port}{self.path}", ssh)
 
-            def get() -> int | str:
-                if not is_connected(ssh):
-                    raise SSHError("the connection to the host broke")
-                return self._get(session, url)
-
-            return self._wait(get)
-
-    def _wait(self, get: Callable[[], int | str]) -> int:
+    def _wait(self, session: Session, url: str, ssh: Any = None) -> int:
         started = time.monotonic()
         with self.progress.reporting() as report:
             while True:
-                answer = get()
+                if ssh is not None and not is_connected(ssh):
+                    raise SSHError("the connection to the host broke")
+                answer = self._get(session, url)
                 passed = time.monotonic() - started
                 if isinstance(answer, int) and answer not in NOT_YET_STATUSES:
                     return answer
@@ -17085,17 +16925,15 @@ class HTTPWait:
                     text = f"no service at {self.where} yet: {why}, {readable_seconds(passed)}"
                     report(ProgressEvent("http", passed, text))
                 if passed >= self.timeout:
-                    raise self._too_late(why)
-                time.sleep(max(0.0, min(SERVICE_PAUSE, self.timeout - passed)))
-
-    def _too_late(self, why: str) -> WaitTimeoutError:
+                    break
+                time.sleep(min(SERVICE_PAUSE, self.timeout - passed))
         error = WaitTimeoutError(
             f"no service at {self.where} within {self.timeout:g}s, the last result: {why}. Does it "
             "listen on 0.0.0.0 and on the right port?",
             order_id=self.order.id or 0, order=self.order,
         )  # fmt: skip
         error.reason = why
-        return error
+        raise error
 
     def _get(self, session: Session, url: str) -> int | str:
         """Return the status of a response, or why there is none."""
@@ -18296,7 +18134,7 @@ class CloreClient(HTTPClient):
     @property
     def _ssh(self) -> SSHAccess:
         if self._ssh_access is None:
-            self._ssh_access = SSHAccess(self, self._orders, self._state_folder, self._host_history)
+            self._ssh_access = SSHAccess(self._orders, self._state_folder, self._host_history)
         return self._ssh_access
 
     @staticmethod
@@ -18567,8 +18405,8 @@ class CloreClient(HTTPClient):
             >>> job.follow(on_output=print)
         """
         env, login = secret_values(env), secret_values(login)
-        checked = JobCommand(command, name=name, env=env, cwd=cwd)
-        return self._ssh.jobs(order, ssh, login).start(checked)
+        variables = job_variables(command, name, env, cwd)
+        return self._ssh.jobs(order, ssh, login).start(variables)
 
     def jobs(
         self, order: OrderArgument, *, ssh: paramiko.SSHClient | None = None, **login: Any
@@ -18970,7 +18808,6 @@ class CloreClient(HTTPClient):
                 socket_timeout=timeout,
                 max_bytes=max_bytes,
                 progress=progress,
-                owns_ssh=True,
             )
         except BaseException:
             connection.close()

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clore_client.config import account_digest
 from clore_client.errors import CloreError, OrderEndedError, Secret
 from clore_client.log import logger
 from clore_client.market.market import LOGIN_OUTCOMES, HostHistory
 from clore_client.models.order import Order
-from clore_client.orders.account import AccountOrders, OrdersClient, ended_error
+from clore_client.orders.account import AccountOrders, ended_error
 from clore_client.ssh.connect import ConnectionPool, Login
 from clore_client.ssh.jobs import LEAST_PATIENCE, HostJobs
 from clore_client.ssh.keys import HostKeys, KeyCheck, check_host_key, private_key_of
-from clore_client.ssh.openssh import (
-    OpenSSH,
-    parse_ssh_command,
-    plain_address,
-)
-from clore_client.validation import (
-    check_bool,
-    check_local_path,
-    check_number,
-    check_order_id,
-    check_text,
-    short_repr,
-)
+from clore_client.ssh.openssh import OpenSSH, parse_ssh_command, plain_address, whole_key_path
+from clore_client.validation import check_bool, check_number, check_order_id, check_text, short_repr
 
 if TYPE_CHECKING:
     import paramiko
@@ -55,17 +42,12 @@ def check_login_options(given: dict[str, Any]) -> dict[str, Any]:
                 f"{', '.join(sorted(LOGIN_DEFAULTS))}"
             )
     options = {**LOGIN_DEFAULTS, **given}
-    for name in ("key_path", "host_key"):  # not secret, and shown in errors
-        if isinstance(options[name], Secret):
-            options[name] = str(options[name])
     check_number("wait", options["wait"], infinite=True, unit="seconds")
     for name in ("password", "passphrase"):
         if options[name] is not None:
             check_text(name, options[name], secret=True)
     if options["key_path"] is not None:
-        if not isinstance(options["key_path"], os.PathLike):
-            check_text("key_path", options["key_path"])
-        check_local_path("key_path", options["key_path"])
+        options["key_path"] = whole_key_path(options["key_path"])
     check_bool("use_ssh_config", options["use_ssh_config"])
     options["host_key"] = check_host_key(options["host_key"])
     return options
@@ -78,24 +60,21 @@ def check_connection(ssh: Any) -> Any:
     return ssh
 
 
+def _id_of(order: Any) -> int | None:
+    """Return the id of an order; None if it is a record without one."""
+    return Order(order).id if isinstance(order, Mapping) else check_order_id("order", order)
+
+
 class SSHAccess:
     """Log in to the hosts of an account.
 
     Parameters:
-        client: the client, for its API key and base URL.
         orders: the orders, for the passwords that were sent with them.
         folder: the state folder, or None if none is used.
         history: records hosts without sshd, and those that refuse the saved login.
     """
 
-    def __init__(
-        self,
-        client: OrdersClient,
-        orders: AccountOrders,
-        folder: Path | None,
-        history: HostHistory,
-    ) -> None:
-        self._client = client
+    def __init__(self, orders: AccountOrders, folder: Path | None, history: HostHistory) -> None:
         self._orders = orders
         self._folder = folder
         self._history = history
@@ -104,7 +83,7 @@ class SSHAccess:
     @property
     def _host_keys(self) -> HostKeys:
         """Return the host keys of the account; the client's API key may change."""
-        account = account_digest(self._client.base_url, self._client.api_key)
+        account = self._orders.account
         return self._by_account.setdefault(account, HostKeys(self._folder, account))
 
     def _with_address(self, order: Any) -> Order:
@@ -113,29 +92,27 @@ class SSHAccess:
         Raises:
             OrderEndedError, OrderNotFoundError: the order has ended, or does not exist.
         """
-        if isinstance(order, Mapping):
-            record = order if isinstance(order, Order) else Order(order)
-            if record.id is None:
-                return record
-            if record.has_ended:
-                raise ended_error(record.id, record.status or "", record)
-            self._orders.check_not_ended(record.id)
-            if parse_ssh_command(record)["raw"]:
-                return record
-            try:
-                return self._orders.running(record.id)
-            except OrderEndedError:
-                raise
-            except CloreError as error:
-                logger.debug("order %d can't be read: %s", record.id, error)
-                return record
-        return self._orders.running(check_order_id("order", order))
+        if not isinstance(order, Mapping):
+            return self._orders.running(check_order_id("order", order))
+        record = order if isinstance(order, Order) else Order(order)
+        if record.id is None:
+            return record
+        if record.has_ended:
+            raise ended_error(record.id, record.status or "", record)
+        self._orders.check_not_ended(record.id)
+        if record.ssh_command:
+            return record
+        try:
+            return self._orders.running(record.id)
+        except OrderEndedError:
+            raise
+        except CloreError as error:
+            logger.debug("order %d can't be read: %s", record.id, error)
+            return record
 
     def forget_host_key(self, order: Any) -> bool:
         """Forget the host key of an order; see ``CloreClient.forget_host_key``."""
-        if not isinstance(order, Mapping):
-            order = {"order_id": check_order_id("order", order)}
-        alias = self._host_keys.alias(Order(order).id, parse_ssh_command(order))
+        alias = self._host_keys.alias(_id_of(order), parse_ssh_command(order))
         return self._host_keys.forget(alias)
 
     def openssh(self, order: Any, key_path: Any) -> OpenSSH:
@@ -143,7 +120,7 @@ class SSHAccess:
         order = self._with_address(order)
         return OpenSSH(order, self._host_keys, key_path or self._key_of(order)[0])
 
-    def _key_of(self, order: Order) -> tuple[Path | None, Any]:
+    def _key_of(self, order: Order) -> tuple[str | None, Any]:
         """Return the private key of the public key that was sent with an order.
 
         Returns:
@@ -170,7 +147,7 @@ class SSHAccess:
             if not options["password"]:
                 options["key_path"], agent_key = self._key_of(order)
         address = plain_address(order)
-        keys = KeyCheck(self._host_keys, order.id, address, options.pop("host_key"))
+        keys = KeyCheck(self._host_keys, order.id, address, options["host_key"])
 
         def on_failure(error: BaseException) -> None:
             self._raise_if_ended(order.id, error)
@@ -178,7 +155,7 @@ class SSHAccess:
                 outcome = LOGIN_OUTCOMES.get(getattr(error, "reason", ""))
                 self._history.record(order.server_id, outcome)
 
-        return Login(address, keys, timeout, agent_key, on_failure, **options)
+        return Login(address, keys, {**options, "timeout": timeout}, agent_key, on_failure)
 
     def _raise_if_ended(self, order_id: int | None, error: BaseException) -> None:
         """Raise a better error if a connection failed because the order has ended."""
@@ -186,15 +163,9 @@ class SSHAccess:
             self._orders.raise_if_ended(order_id, error)
 
     def connected(
-        self,
-        order: Any,
-        ssh: paramiko.SSHClient | None,
-        login: dict[str, Any],
-        timeout: float = 30.0,
-        size: int = 1,
-        eager: bool = True,
-        deadline: float | None = None,
-    ) -> ConnectionPool:
+        self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any],
+        timeout: float = 30.0, size: int = 1, eager: bool = True, deadline: float | None = None,
+    ) -> ConnectionPool:  # fmt: skip
         """Return the caller's connection, or logins to make when the pool is entered.
 
         Parameters:
@@ -202,13 +173,12 @@ class SSHAccess:
         """
         options = check_login_options(login)
         if ssh is not None:
-            record = isinstance(order, Mapping)
-            number = Order(order).id if record else check_order_id("order", order)
-            on_failure = functools.partial(self._raise_if_ended, number)
-            return ConnectionPool(None, check_connection(ssh), on_failure=on_failure)
+            on_failure = functools.partial(self._raise_if_ended, _id_of(order))
+            return ConnectionPool(None, on_failure, check_connection(ssh))
         if deadline is not None:
             timeout, options["wait"] = min(timeout, deadline), min(options["wait"], deadline)
-        return ConnectionPool(self.login(order, options, timeout), None, size, eager)
+        checked = self.login(order, options, timeout)
+        return ConnectionPool(checked, checked.on_failure, None, size, eager)
 
     def jobs(self, order: Any, ssh: paramiko.SSHClient | None, login: dict[str, Any]) -> HostJobs:
         """Return the jobs of the host of an order."""
@@ -218,8 +188,7 @@ class SSHAccess:
             self.login(order, login)  # check the arguments now
 
         def connect(seconds: float) -> ConnectionPool:
-            wait = min(seconds, options["wait"])
-            limit = max(seconds, LEAST_PATIENCE)
-            return self.connected(order, ssh, {**options, "wait": wait}, deadline=limit)
+            limited = {**options, "wait": min(seconds, options["wait"])}
+            return self.connected(order, ssh, limited, deadline=max(seconds, LEAST_PATIENCE))
 
         return HostJobs(connect, reconnects=ssh is None)

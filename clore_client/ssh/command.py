@@ -14,16 +14,8 @@ from typing import TYPE_CHECKING, Any
 from clore_client.errors import CommandError, CommandTimeoutError, SSHError, printable
 from clore_client.log import logger
 from clore_client.models.result import STDERR, STDOUT, CommandResult, OutputLine
-from clore_client.ssh.command_text import (
-    CommandOutput,
-    PidLine,
-    SecretBytes,
-    command_line,
-    csh_line,
-    encoded,
-    exports,
-    input_bytes,
-)
+from clore_client.ssh.command_text import CommandOutput, PidLine, command_lines, input_bytes
+from clore_client.ssh.transfer.remote_script import with_patience
 from clore_client.ssh.transport import (
     NoChannelError,
     Watchdog,
@@ -81,20 +73,11 @@ class Command:
     """
 
     def __init__(
-        self,
-        command: str | Sequence[str],
-        *,
-        check: bool = True,
-        timeout: float | None = None,
-        input: str | bytes | None = None,
-        env: Mapping[str, str] | None = None,
-        on_output: Callable[[OutputLine], object] | None = None,
-        max_output: int = MAX_OUTPUT,
-    ) -> None:
-        self.line = command_line(command)
-        variables = exports(env)
-        first = csh_line(variables, command, self.line)
-        self.encoded_line = encoded("command", first + variables + self.line)
+        self, command: str | Sequence[str], *, check: bool = True, timeout: float | None = None,
+        input: str | bytes | None = None, env: Mapping[str, str] | None = None,
+        on_output: Callable[[OutputLine], object] | None = None, max_output: int = MAX_OUTPUT,
+    ) -> None:  # fmt: skip
+        self.line, self.encoded_lines = command_lines(command, env)
         self.input = input_bytes(input)
         limit = math.inf if timeout is None else timeout
         self.timeout = check_number("timeout", limit, above=True, infinite=True, unit="seconds")
@@ -190,8 +173,8 @@ class RunningCommand:
         seconds = min(START_TIMEOUT, self._time_left())
         start_by = time.monotonic() + seconds
         with self._limited(seconds + PATIENCE):
-            self._channel = open_session(
-                self._transport, seconds, patience=min(seconds, SESSION_PATIENCE)
+            self._channel = with_patience(
+                min(seconds, SESSION_PATIENCE), lambda: open_session(self._transport, seconds)
             )
             self._channel.settimeout(None)  # a command may read its input late
             # paramiko clears an event when one stream is empty, though the other may have data.
@@ -199,8 +182,8 @@ class RunningCommand:
             self._channel.in_buffer.set_event(event)
             self._channel.in_stderr_buffer.set_event(event)
             self._watch_for_exit_signal()
-            line = SecretBytes(self._pid_line.prefix.encode() + self._command.encoded_line)
-            channel_request(self._channel, "exec", line)
+            lines = self._pid_line.before(self._command.encoded_lines)
+            channel_request(self._channel, "exec", lines)
             open_next_session(self._transport)
             if not self._channel.event.wait(max(0.0, start_by - time.monotonic())):
                 raise SSHError(f"the host did not start the command within {START_TIMEOUT:g}s")
@@ -248,8 +231,8 @@ class RunningCommand:
         The stream may stay open, because a process in the background can hold it.
         """
         give_up_at = time.monotonic() + self._time_left() + OVERTIME
-        expected = self._channel.in_window_size + LATE_OUTPUT
         silent_since = time.monotonic()
+        expected = self._channel.in_window_size + LATE_OUTPUT
         while not self._complete() and expected > 0 and time.monotonic() < give_up_at:
             size = self._read_or_wait(POLL)
             self._output.report()

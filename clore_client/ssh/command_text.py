@@ -44,6 +44,13 @@ def command_line(command: str | Sequence[str]) -> str:
     return line
 
 
+def command_lines(command: str | Sequence[str], env: Any) -> tuple[str, bytes]:
+    """Return a command as a line for a shell, and encoded, after lines that set variables."""
+    line, variables = command_line(command), exports(env)
+    lines = csh_line(variables, command, line) + variables + line
+    return line, SecretBytes(encoded("command", lines))
+
+
 def quoted_word(word: str) -> str:
     """Quote a word for any login shell."""
     # A backslash is special in fish even in single quotes, and "!" in csh.
@@ -214,11 +221,14 @@ class PidLine:
             self.prefix = f"sh -c 'echo {mark}$PPID >&2; read -r line' || exit 121\n"
         self._line = re.compile(mark.encode() + rb"([2-9]|[1-9][0-9]{1,9})\n")
         self._held = b""
-        self._done = False
+
+    def before(self, lines: bytes) -> SecretBytes:
+        """Return the lines of a command after the prefix."""
+        return SecretBytes(self.prefix.encode() + lines)
 
     def remove_from(self, data: bytes) -> bytes:
         """Return the next part of stderr without the line."""
-        if self._done:
+        if self.pid is not None:
             return data
         self._held += data
         found = self._line.search(self._held)
@@ -226,7 +236,6 @@ class PidLine:
             surplus = self._held[:-MAX_STDERR_BEFORE_PID]
             self._held = self._held[-MAX_STDERR_BEFORE_PID:]
             return surplus
-        self._done = True
         self.pid = int(found[1])
         self._held = self._held[: found.start()] + self._held[found.end() :]
         return self.rest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -45,32 +44,24 @@ class Login:
 
     Parameters:
         address: of the host, as ``plain_address`` returns it.
+        options: those of ``LOGIN_DEFAULTS``, and ``timeout``, in seconds.
         agent_key: a key of the SSH agent, or None.
         on_failure: called with the error of a failed login; may raise a better one.
     """
 
     def __init__(
-        self,
-        address: dict[str, Any],
-        keys: KeyCheck,
-        timeout: float,
-        agent_key: Any,
+        self, address: dict[str, Any], keys: KeyCheck, options: dict[str, Any], agent_key: Any,
         on_failure: Callable[[BaseException], None],
-        *,
-        password: str | None,
-        key_path: str | os.PathLike[str] | None,
-        passphrase: str | None,
-        wait: float,
-        use_ssh_config: bool,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.address = address
         self.where = "{user}@{host}:{port}".format(**self.address)
-        if passphrase is not None and key_path is None and agent_key is None:
+        self.password = options["password"]
+        self.key_path = None if self.password else options["key_path"]
+        passphrase = options["passphrase"]
+        if passphrase is not None and options["key_path"] is None and agent_key is None:
             raise ValueError("passphrase is for the key of key_path, and there is none")
-        self.password = password
-        self.key_path = None if key_path is None or password else os.path.expanduser(key_path)
-        self.timeout = timeout
-        self.wait = wait
+        self.timeout: float = options["timeout"]
+        self.wait = options["wait"]
         self.keys = keys
         self.on_failure = on_failure
         self._paramiko = import_paramiko()
@@ -78,7 +69,7 @@ class Login:
         self.key = agent_key
         if self.key_path is not None:
             self.key = self._read_key(self.key_path, passphrase)
-        self._config = HostConfig(self.address, use_ssh_config)
+        self._config = HostConfig(self.address, options["use_ssh_config"])
         self._tried = False
 
     def _read_key(self, path: str, passphrase: str | None) -> Any:
@@ -145,7 +136,8 @@ class Login:
             self._log_in(ssh)
             keep_alive(ssh.get_transport())
         except BaseException:
-            _give_up(ssh)
+            _break_off(ssh)
+            ssh.close()
             raise
         return ssh  # type: ignore[no-any-return]
 
@@ -166,21 +158,14 @@ class Login:
         hops: list[Any] = []
         try:
             ssh.connect(
-                self.address["host"],
-                port=self.address["port"],
-                username=self.address["user"],
-                password=self.password,
-                pkey=self.key,
-                timeout=self._connect_timeout(),
-                banner_timeout=self.timeout,
-                auth_timeout=self.timeout,
-                channel_timeout=self.timeout,
+                self.address["host"], self.address["port"], self.address["user"],
+                password=self.password, pkey=self.key, allow_agent=plain, look_for_keys=plain,
                 key_filename=self._config.identities or None if plain else None,
-                allow_agent=plain,
-                look_for_keys=plain,
+                timeout=self._connect_timeout(), banner_timeout=self.timeout,
+                auth_timeout=self.timeout, channel_timeout=self.timeout,
                 sock=self._config.connect_jump_hosts(hops, self.timeout),
                 transport_factory=functools.partial(self._transport, hops),
-            )
+            )  # fmt: skip
         except BaseException:
             for hop in hops:
                 hop.close()
@@ -189,7 +174,7 @@ class Login:
     def _connect_timeout(self) -> float:
         """Return the TCP timeout. The first is short, so that the order can be checked early."""
         first, self._tried = not self._tried, True
-        return min(self.timeout, FIRST_CONNECT) if first and self.wait > 0 else self.timeout
+        return min(self.timeout, FIRST_CONNECT) if first and self.wait else self.timeout
 
     def _transport(self, hops: list[Any], sock: Any, **options: Any) -> Any:
         transport = prepared_transport(sock, options, self.timeout, self.keys.wanted_types)
@@ -223,8 +208,6 @@ class Login:
             failure = SSHError(self._refusal(ssh, error))
             failure.reason = "refused"
             return failure
-        if isinstance(error, socket.gaierror):
-            return NotUpYetError(f"the host name is not known ({text})")
         if isinstance(error, EOFError):
             return NotUpYetError("it closed the connection")
         if isinstance(error, OSError) or any(part in lower for part in ("banner", "reset", "eof")):
@@ -270,12 +253,6 @@ def _break_off(ssh: Any) -> None:
     transport = ssh.get_transport()
     if transport is not None:
         transport.close()
-
-
-def _give_up(ssh: Any) -> None:
-    transport = ssh.get_transport()
-    ssh.close()
-    if transport is not None:
         transport.packetizer.complete_handshake()  # ends paramiko's timer
 
 
@@ -284,24 +261,20 @@ class ConnectionPool:
 
     Parameters:
         login: for new connections; None if ``ssh`` is used.
+        on_failure: called with an error if a connection broke; may raise a better one.
         ssh: the caller's connection.
         size: the highest number of connections.
         eager: open all of them now, at the same time; else each one when it is needed.
-        on_failure: called with an error if ``ssh`` broke; may raise a better one.
     """
 
     def __init__(
-        self,
-        login: Login | None,
-        ssh: Any = None,
-        size: int = 1,
-        eager: bool = True,
-        on_failure: Callable[[BaseException], None] | None = None,
-    ) -> None:
-        self.size = size if login is not None else 1
+        self, login: Login | None, on_failure: Callable[[BaseException], None], ssh: Any = None,
+        size: int = 1, eager: bool = True,
+    ) -> None:  # fmt: skip
+        self.size = size
         self._eager = eager
-        self._login = login
-        self._on_failure = login.on_failure if login is not None else on_failure
+        self._login: Any = login
+        self._on_failure = on_failure
         self._opened: list[Any] = [ssh] + [None] * (self.size - 1)
         self._threads: dict[int, threading.Thread] = {}
         self._lock = threading.Lock()
@@ -310,19 +283,18 @@ class ConnectionPool:
     def __enter__(self) -> ConnectionPool:
         if self._login is not None:
             for number in range(1, self.size if self._eager else 1):
-                self._begin(self._login, number)
+                self._threads[number] = start_thread("login", self._open, number)
             try:
-                first = functools.partial(self._first, self._login)
-                self._opened[0] = self._login.open(first=first)
+                self._opened[0] = self._login.open(first=self._first)
             except BaseException:
                 self._close()
                 raise
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        lost = isinstance(error, SSHError) and not is_connected(self.ssh)
+        lost = not is_connected(self.ssh)
         self._close()
-        if lost and error is not None and self._on_failure is not None:
+        if lost and isinstance(error, SSHError):
             self._on_failure(error)
 
     @property
@@ -343,10 +315,10 @@ class ConnectionPool:
 
     def get(self, number: int) -> Any:
         """Wait for a connection and return it, or None if the host refuses so many."""
-        if number and self._login is not None:
+        if number:
             with self._lock:
                 if number not in self._threads:
-                    self._begin(self._login, number)
+                    self._threads[number] = start_thread("login", self._open, number)
             self._threads[number].join()
         return self._opened[number]
 
@@ -356,10 +328,10 @@ class ConnectionPool:
             if ssh is not None:
                 ssh.close()
 
-    def _first(self, login: Login) -> Any:
+    def _first(self) -> Any:
         """Open the first connection, or take another one if the host allows only one."""
         try:
-            return login.once()
+            return self._login.once()
         except NotUpYetError:
             for number, thread in self._threads.items():
                 thread.join()
@@ -368,12 +340,9 @@ class ConnectionPool:
                     return ssh
             raise
 
-    def _begin(self, login: Login, number: int) -> None:
-        self._threads[number] = start_thread("login", self._open, login, number)
-
-    def _open(self, login: Login, number: int) -> None:
+    def _open(self, number: int) -> None:
         try:
-            self._opened[number] = login.once()
+            self._opened[number] = self._login.once()
         except Exception as error:
             logger.debug("a further connection was refused: %s", error)
 

@@ -8,7 +8,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, NamedTuple
 
 from clore_client.errors import (
     HostKeyChangedError,
@@ -28,12 +29,7 @@ from clore_client.ssh.openssh import PLAIN_NAME, check_plain_name
 from clore_client.ssh.transfer.remote_script import NoShellError, RemoteScript
 from clore_client.ssh.transfer.scripts import remote_path, script_text
 from clore_client.ssh.transfer.transfer import check_path
-from clore_client.ssh.transport import (
-    Watchdog,
-    connection_errors,
-    reason,
-    takes_turns,
-)
+from clore_client.ssh.transport import Watchdog, connection_errors, reason, takes_turns
 from clore_client.validation import check_callback, check_count, check_number, check_optional_number
 
 JOB_TIMEOUT = 30.0  # seconds without any output of a script
@@ -51,25 +47,17 @@ _SIGNAL_CODES = range(129, 193)
 Connect = Callable[[float], ConnectionPool]
 
 
-class JobCommand:
-    """Check the arguments of ``start``."""
-
-    def __init__(
-        self,
-        command: str | Sequence[str],
-        *,
-        name: str | None = None,
-        env: Mapping[str, str] | None = None,
-        cwd: str | os.PathLike[str] | None = None,
-    ) -> None:
-        self.line = command_line(command)
-        self.encoded_line = encoded("command", self.line)
-        self.name = f"job-{os.urandom(4).hex()}" if name is None else check_plain_name(name)
-        self.exports = SecretBytes(encoded("env", exports(env)))
-        self.cwd = remote_path(check_path("cwd", "~" if cwd is None else cwd))
+def job_variables(command: Any, name: Any, env: Any, cwd: Any) -> dict[str, Any]:
+    """Check the arguments of ``start``, and return the variables of the script."""
+    return {
+        "name": f"job-{os.urandom(4).hex()}" if name is None else check_plain_name(name),
+        "command": encoded("command", command_line(command)),
+        "exports": SecretBytes(encoded("env", exports(env))),
+        "cwd": remote_path(check_path("cwd", "~" if cwd is None else cwd)),
+    }
 
 
-class JobState:
+class JobState(NamedTuple):
     """The state of a job, as the host reports it.
 
     Attributes:
@@ -78,10 +66,9 @@ class JobState:
         started: Unix time on the host's clock.
     """
 
-    def __init__(self, status: str, exit_code: int | None = None, started: float = 0.0) -> None:
-        self.status = status
-        self.exit_code = exit_code
-        self.started = started
+    status: str
+    exit_code: int | None = None
+    started: float = 0.0
 
     @classmethod
     def parse(cls, text: str) -> JobState:
@@ -140,15 +127,13 @@ class HostJobs:
             except SSHError as error:
                 raise JobError(f"job {name!r}: {error}", name=name) from error
 
-    def start(self, job: JobCommand) -> Job:
-        """Start a job, and return it once it runs."""
-        started = self.call(
-            "job", b"started", name=job.name, command=job.encoded_line, exports=job.exports,
-            cwd=job.cwd, runner=JOB_RUNNER,
-        )  # fmt: skip
-        logger.debug("job %s runs: %s", job.name, printable(job.line, 200))
+    def start(self, variables: dict[str, Any]) -> Job:
+        """Start a job with :func:`job_variables`, and return it once it runs."""
+        started = self.call("job", b"started", runner=JOB_RUNNER, **variables)
+        name, line = variables["name"], variables["command"].decode("utf-8", "surrogateescape")
+        logger.debug("job %s runs: %s", name, printable(line, 200))
         state = JobState.parse(f"running - {started.decode('ascii', 'replace')}")
-        return Job(self, job.name, job.line, state)
+        return Job(self, name, line, state)
 
     def find(self, name: str = "") -> list[Job]:
         """Return the jobs of the host, or the one with this name."""
@@ -268,8 +253,26 @@ class Job:
         """
         check_callback("on_output", on_output, 1)
         splitter = None if on_output is None else LineSplitter(STDOUT, on_output)
-        with ProgressOptions(on_progress, progress).reporting() as report:
-            return self._follow(splitter, timeout, report)
+        limit = check_optional_number("timeout", timeout, infinite=True, unit="seconds")
+        deadline = math.inf if limit is None else time.monotonic() + limit
+        output = JobOutput(self._host, self.name, deadline, skip=splitter is None)
+        try:
+            with (
+                ProgressOptions(on_progress, progress).reporting() as report,
+                contextlib.closing(output.pieces()) as pieces,
+            ):
+                for piece in pieces:
+                    if splitter is not None:
+                        splitter.feed(piece)
+                    if report is not None and not piece:
+                        text = f"job {self.name}: {readable_size(output.size)} of output"
+                        report(ProgressEvent("job", output.size, text))
+            self._state = output.state or self._state
+        except OrderEndedError:
+            self._state = JobState("lost")
+        if splitter is not None:
+            splitter.finish()
+        return self._state.exit_code
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait for the end of the job; takes the same ``timeout`` as :meth:`follow`.
@@ -281,7 +284,7 @@ class Job:
             >>> job.wait(timeout=3600)
             0
         """
-        return self._follow(None, timeout)
+        return self.follow(None, timeout=timeout)
 
     def stop(self, grace: float = 10.0) -> None:
         """Stop the job with all its processes: with SIGTERM, and later with SIGKILL.
@@ -316,27 +319,6 @@ class Job:
             except OrderEndedError:
                 self._state = JobState("lost")
         return self._state
-
-    def _follow(
-        self, splitter: LineSplitter | None, timeout: float | None, report: Report | None = None
-    ) -> int | None:
-        limit = check_optional_number("timeout", timeout, infinite=True, unit="seconds")
-        deadline = math.inf if limit is None else time.monotonic() + limit
-        output = JobOutput(self._host, self.name, deadline, skip=splitter is None)
-        try:
-            with contextlib.closing(output.pieces()) as pieces:
-                for piece in pieces:
-                    if splitter is not None:
-                        splitter.feed(piece)
-                    if report is not None and not piece:
-                        text = f"job {self.name}: {readable_size(output.size)} of output"
-                        report(ProgressEvent("job", output.size, text))
-            self._state = output.state or self._state
-        except OrderEndedError:
-            self._state = JobState("lost")
-        if splitter is not None:
-            splitter.finish()
-        return self._state.exit_code
 
 
 class JobOutput:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hmac
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from clore_client.errors import HostKeyChangedError
 from clore_client.log import logger
 from clore_client.orders.credentials import public_key_fingerprint
 from clore_client.ssh.transport import import_paramiko
-from clore_client.validation import short_repr
+from clore_client.validation import check_string, short_repr
 
 PINS_FILE = "known_hosts"  # in the state folder, in OpenSSH's format
 MAX_PINS_SIZE = 1_000_000  # bytes of the file that are read
@@ -28,13 +28,13 @@ _ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
 
 def check_host_key(value: Any) -> str:
     """Check that a value is ``"pin"``, ``"accept"``, or a fingerprint."""
-    text = isinstance(value, str)
-    if text and re.fullmatch(r"pin|accept|SHA256:[A-Za-z0-9+/]{43}=?", value):
-        return str(value).rstrip("=")
-    raise (ValueError if text else TypeError)(
-        "host_key must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
-        f"`ssh-keygen -l` prints it, not {short_repr(value)}"
-    )
+    text = str(check_string("host_key", value))
+    if not re.fullmatch(r"pin|accept|SHA256:[A-Za-z0-9+/]{43}=?", text):
+        raise ValueError(
+            "host_key must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
+            f"`ssh-keygen -l` prints it, not {short_repr(text)}"
+        )
+    return text.rstrip("=")
 
 
 class HostKeys:
@@ -60,7 +60,9 @@ class HostKeys:
         """Return the pinned keys of a host: their type and base64, as in ``known_hosts``."""
         if alias in self._seen:
             return self._seen[alias]
-        return [pin for names, pin in self._lines() if _has_alias(names, alias)]
+        with contextlib.suppress(OSError):
+            return [pin for line in self._lines() if (pin := _pin_in(line, alias))]
+        return []
 
     def keep(self, alias: str, pin: str) -> None:
         """Pin a key instead of all others of the host."""
@@ -76,34 +78,14 @@ class HostKeys:
             self._rewrite(alias, None)
         return known
 
-    def make_folder(self) -> None:
-        """Make the state folder, so that OpenSSH can pin a key there."""
-        if self.path is not None:
-            try:
-                self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            except OSError as error:
-                logger.warning("host keys can't be kept for the next process: %s", error)
-
-    def _lines(self) -> Iterator[tuple[str, str]]:
-        try:
-            text = self._text()
-        except OSError:
-            return
-        for line in text.splitlines():
-            words = line.split()
-            if len(words) >= 3 and not words[0].startswith(("#", "@")):
-                pin = f"{words[1]} {words[2]}"
-                if public_key_fingerprint(pin):
-                    yield words[0], pin
-
-    def _text(self) -> str:
+    def _lines(self) -> list[str]:
         if self.path is None:
-            return ""
+            return []
         try:
             with open(self.path, encoding="utf-8", errors="replace") as file:
-                return file.read(MAX_PINS_SIZE)
+                return file.read(MAX_PINS_SIZE).splitlines()
         except FileNotFoundError:
-            return ""
+            return []
 
     def _rewrite(self, alias: str, pin: str | None) -> None:
         """Replace the lines of a host in the file; only warn if that fails."""
@@ -111,11 +93,7 @@ class HostKeys:
             return
         try:
             with locked_path(self.path, LOCK_PATIENCE):
-                lines = [
-                    line
-                    for line in self._text().splitlines()
-                    if line.strip() and not _has_alias(line.split()[0], alias)
-                ]
+                lines = [line for line in self._lines() if not _has_alias(line, alias)]
                 if pin is not None:
                     lines.append(f"{alias} {pin}")
                 replace_file(self.path, "".join(f"{line}\n" for line in lines[-MAX_PINS:]))
@@ -123,8 +101,15 @@ class HostKeys:
             logger.warning("host keys can't be kept for the next process: %s", error)
 
 
-def _has_alias(names: str, alias: str) -> bool:
+def _pin_in(line: str, alias: str) -> str | None:
+    """Return the key in a line if the line is for a host."""
+    pin = " ".join(line.split()[1:3])
+    return pin if _has_alias(line, alias) and public_key_fingerprint(pin) else None
+
+
+def _has_alias(line: str, alias: str) -> bool:
     """Check if the first word of a line names a host; OpenSSH may have hashed it."""
+    names = line.partition(" ")[0]
     if not names.startswith("|1|"):
         return alias in names.split(",")
     try:
@@ -193,7 +178,7 @@ class KeyCheck:
         )
 
 
-def private_key_of(fingerprint: str) -> tuple[Path | None, Any]:
+def private_key_of(fingerprint: str) -> tuple[str | None, Any]:
     """Return the private key with a fingerprint.
 
     Returns:
@@ -209,13 +194,11 @@ def private_key_of(fingerprint: str) -> tuple[Path | None, Any]:
         return None, None
     for path in paths:
         if _file_fingerprint(path) == fingerprint:
-            return path, None
+            return str(path), None
     return None, None
 
 
 def _agent_keys() -> tuple[Any, ...]:
-    if not os.environ.get("SSH_AUTH_SOCK") and os.name != "nt":
-        return ()
     try:
         return tuple(import_paramiko().Agent().get_keys())
     except Exception as error:
@@ -239,7 +222,7 @@ def _file_fingerprint(path: Path) -> str | None:
 
 def _text_of(path: Path) -> str:
     try:
-        if not path.is_file():
+        if not path.is_file():  # opening a pipe would block
             return ""
         with open(path, encoding="ascii", errors="replace") as file:
             return file.read(LONGEST_KEY_FILE)

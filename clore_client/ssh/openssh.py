@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError
 from clore_client.models.order import Order, plain_host, plain_user
+from clore_client.models.record import text_of
 from clore_client.ssh.transfer.scripts import remote_path
 from clore_client.ssh.transport import PARAMIKO_LOGGER, import_paramiko, reason
-from clore_client.validation import check_local_path, check_string, short_repr
+from clore_client.validation import check_local_path, check_string, check_text, short_repr
 
 if TYPE_CHECKING:
     from clore_client.ssh.keys import HostKeys
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 DEFAULT_USER = "root"
 DEFAULT_PORT = 22
 PLAIN_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
+_OPTION = r"(?<!\S)-([pl]) ?(\S+)"
 
 
 def parse_ssh_command(order: Any) -> dict[str, Any]:
     """Read host, port and user; see ``CloreClient.parse_ssh_connection``."""
-    raw = _ssh_line(order)
+    raw = text_of(order, "connection", "ssh") or ""
     host, port, user = parse_address(raw)
     return {"host": host, "port": port, "user": user if plain_user(user) else DEFAULT_USER,
             "raw": raw}  # fmt: skip
@@ -36,43 +38,25 @@ def plain_address(order: Order) -> dict[str, Any]:
     user = parse_address(address["raw"])[2]
     if address["host"] and (not user or plain_user(user)):
         return address
-    status = order.get("status")
     raise SSHError(
         f"the order has no address for SSH, or no plain one: connection.ssh is "
-        f"{short_repr(address['raw'])}, status {short_repr(status)}; "
+        f"{short_repr(address['raw'])}, status {short_repr(order.status)}; "
         "wait_for_order() returns an order that has one"
     )
-
-
-def _ssh_line(order: Any) -> str:
-    connection = order.get("connection") if isinstance(order, Mapping) else None
-    raw = connection.get("ssh") if isinstance(connection, Mapping) else None
-    return raw if isinstance(raw, str) else ""
 
 
 def parse_address(raw: str) -> tuple[str, int, str]:
     """Return the host, or "" if it is not a plain one, the port, and the unchecked user."""
     words = raw.split()
-    if words[:1] == ["ssh"]:
-        words = words[1:]
-    target, port, user = "", DEFAULT_PORT, ""
-    while words:
-        word = words.pop(0)
-        if word in ("-p", "-l") and words:
-            value = words.pop(0)
-            if word == "-l":
-                user = value
-            else:
-                port = _port_number(value)
-        elif word.startswith("-p"):
-            port = _port_number(word[2:])
-        elif word.startswith("-") or target:
-            # An option that could run a program here, or a command.
-            return "", DEFAULT_PORT, ""
-        else:
-            target = word
-    named, at, host = target.rpartition("@")
-    user = named if at else user
+    line = " ".join(words[1:] if words[:1] == ["ssh"] else words)
+    # No other options, which could run a program here, and no command.
+    found = re.fullmatch(rf"({_OPTION} )*(?P<target>[^- ]\S*)( {_OPTION})*", line)
+    if found is None:
+        return "", DEFAULT_PORT, ""
+    options = dict(re.findall(_OPTION, line))
+    port = _port_number(options.get("p", ""))
+    named, at, host = found["target"].rpartition("@")
+    user = named if at else options.get("l", "")
     if host.startswith("[") and "]" in host:
         host, _, rest = host[1:].partition("]")
         port = _port_number(rest[1:]) if rest[:1] == ":" else port
@@ -173,8 +157,8 @@ class OpenSSH:
         self._order_id = order.id
         self._pins = pins
         self._alias = pins.alias(order.id, self._address)
-        self._key = None if key_path is None else _whole_path(key_path)
-        self._in_file = pins.path is not None and bool(order.id)
+        self._key = None if key_path is None else whole_key_path(key_path)
+        self._file = pins.path if order.id else None
 
     def terminal_line(self) -> str:
         """Return a command line; see ``CloreClient.ssh_command``."""
@@ -196,11 +180,8 @@ class OpenSSH:
         """Return an entry for ``~/.ssh/config``; see ``CloreClient.ssh_config``."""
         name = name or (f"clore-{self._order_id}" if self._order_id else "clore")
         address = self._address
-        lines = [
-            ("HostName", address["host"]),
-            ("Port", address["port"]),
-            ("User", address["user"]),
-        ]
+        lines = [("HostName", address["host"]), ("Port", str(address["port"]))]
+        lines += [("User", address["user"])]
         if self._key is not None:
             lines += [("IdentityFile", _config_path(self._key)), ("IdentitiesOnly", "yes")]
         lines += self._host_key()
@@ -211,11 +192,9 @@ class OpenSSH:
         words = ["ssh", "-p", str(self._address["port"])]
         if self._key is not None:
             # With -i, OpenSSH looks for the file both with and without expanding % signs.
-            plain = _unexpanded(self._key) == self._key
-            words += ["-i", self._key] if plain else [
-                "-o", f"IdentityFile={_config_path(self._key)}"
-            ]  # fmt: skip
-        if self._in_file and self._pins.of(self._alias):
+            option = f"IdentityFile={_config_path(self._key)}"
+            words += ["-o", option] if "%" in self._key else ["-i", self._key]
+        if self._file is not None and self._pins.of(self._alias):
             for name, value in self._host_key():
                 words += ["-o", f"{name}={value}"]
         return words
@@ -224,10 +203,10 @@ class OpenSSH:
         """Return options to accept only the pinned key, or else to pin the first one seen."""
         known = self._pins.of(self._alias)
         strict = ("StrictHostKeyChecking", "yes" if known else "accept-new")
-        if self._in_file:
-            if not known:
-                self._pins.make_folder()
-            file = _config_path(str(self._pins.path))
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # OpenSSH will say that it can't pin a key there
+                self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            file = _config_path(str(self._file))
             return [("HostKeyAlias", self._alias), ("UserKnownHostsFile", file),
                     ("GlobalKnownHostsFile", "none"), ("UpdateHostKeys", "no"), strict]  # fmt: skip
         if not known:  # without a state folder, nothing is kept between two logins
@@ -254,28 +233,20 @@ def _rsync_word(word: str) -> str:
     return '"' + word.replace('"', '""') + '"'
 
 
-def _whole_path(path: Any) -> str:
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"key_path must be a path, not {short_repr(path)}")
+def whole_key_path(path: Any) -> str:
+    """Check the path of a private key, and return it as an absolute path."""
+    if not isinstance(path, os.PathLike):
+        check_text("key_path", path)
     check_local_path("key_path", path)
-    return str(os.path.abspath(os.path.expanduser(os.fspath(path))))
-
-
-def _unexpanded(path: str) -> str:
-    """Escape % signs, which OpenSSH would expand in a path."""
-    if "\n" in path or "${" in path:
-        raise ValueError(
-            "key_path or state_dir: OpenSSH can't use a path with a newline or '${': "
-            f"{short_repr(path)}"
-        )
-    return path.replace("%", "%%")
+    return str(os.path.abspath(os.path.expanduser(path)))
 
 
 def _config_path(path: str) -> str:
     """Escape and quote a path for a configuration file."""
-    if '"' in path:
+    if re.search(r"[\"\n]|\$\{", path):
         raise ValueError(
-            f"key_path or state_dir: OpenSSH can't use a path with '\"': {short_repr(path)}"
+            "key_path or state_dir: OpenSSH can't use a path with a newline, '\"' or '${': "
+            f"{short_repr(path)}"
         )
-    escaped = _unexpanded(path).replace("\\\\", "\\\\\\\\")
+    escaped = path.replace("%", "%%").replace("\\\\", "\\\\\\\\")
     return f'"{escaped}"' if re.search(r"[\s'#]", escaped) else escaped

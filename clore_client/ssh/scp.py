@@ -26,9 +26,9 @@ NOT_IN_A_NAME = r"[\0-\x1f\x7f-\x9f/" + (r'\\:*?"<>|]' if os.name == "nt" else "
 
 def guarded_scp(
     ssh: Any, *, socket_timeout: float = 30.0, max_bytes: int | None = None,
-    progress: Callable[..., object] | None = None, owns_ssh: bool = False,
+    progress: Callable[..., object] | None = None,
 ) -> Any:  # fmt: skip
-    """Return a ``scp.SCPClient`` that is safe to use with a hostile host.
+    """Return a ``scp.SCPClient`` that is safe to use with a hostile host, and owns ``ssh``.
 
     It checks each record of the host before scp acts on it, limits each wait, and raises
     :class:`TransferError`. A transfer that fails may leave a partial file inside the target, even
@@ -38,7 +38,6 @@ def guarded_scp(
         socket_timeout: seconds of silence.
         max_bytes: the most bytes that one ``get()`` may receive; None for no limit.
         progress: called with (name, size, done), as by ``scp.SCPClient``.
-        owns_ssh: whether ``close()`` also closes ``ssh``.
     """
     try:
         scp = importlib.import_module("scp")
@@ -50,9 +49,8 @@ def guarded_scp(
     if transport is None or not transport.is_active():
         raise SSHError("scp() needs an open connection, and this one is closed: connect again")
     client_class: Any = type("GuardedSCPClient", (ScpGuard, scp.SCPClient), {})
-    owned = ssh if owns_ssh else None
     try:
-        return client_class(transport, socket_timeout, progress, limit, owned)
+        return client_class(ssh, transport, socket_timeout, progress, limit)
     except OSError as error:
         raise SSHError(f"the connection broke: {reason(error)}") from error
 
@@ -107,9 +105,9 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
     _rename: bool
     _current: tuple[str, int, int | None]  # name, bytes done, bytes in total
 
-    def __init__(self, transport: Any, timeout: float, progress: Any, limit: float, ssh: Any):
+    def __init__(self, ssh: Any, transport: Any, timeout: float, progress: Any, limit: float):
         super().__init__(transport, SCP_BUFFER, timeout, self._report)
-        self._owned_ssh = ssh
+        self._ssh = ssh
         self._max_bytes = limit
         self._user_progress = progress or (lambda *_: None)
 
@@ -124,11 +122,11 @@ class ScpGuard(SCP_BASE):  # type: ignore[misc]
         return self
 
     def close(self) -> None:
-        """Close the connection, if it is owned."""
+        """Close the connection."""
         if self.channel is not None:  # scp calls this at the end of each transfer
             self.channel.finish()
-        elif self._owned_ssh is not None:
-            self._owned_ssh.close()
+        else:
+            self._ssh.close()
 
     def _open(self) -> ScpChannel:
         return ScpChannel(self.transport, self.socket_timeout, self._watchdog)

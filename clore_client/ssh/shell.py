@@ -47,27 +47,23 @@ def run_shell(ssh: paramiko.SSHClient) -> int:
     """Run the login shell of a host in this terminal; see ``CloreClient.shell``."""
     source, target = check_terminal()
     with Watchdog() as watchdog:
-        terminal = _Terminal(ssh.get_transport(), watchdog, source, target)
+        channel = LimitedChannel(ssh.get_transport(), SHELL_TIMEOUT, watchdog)
         with _raw_mode(source):
-            return terminal.run()
+            return _Terminal(source, target).run(channel)
 
 
 class _Terminal:
     """Pass bytes between this terminal and a shell on a host."""
 
-    def __init__(self, transport: Any, watchdog: Watchdog, source: int, target: int) -> None:
-        self._transport = transport
-        self._watchdog = watchdog
+    def __init__(self, source: int, target: int) -> None:
         self._source = source
         self._target = target
         self._size = os.get_terminal_size(target)
         self._reads = True  # until the end of the input
 
-    def run(self) -> int:
-        """Return the exit code of the shell."""
-        channel: LimitedChannel | None = None
+    def run(self, channel: LimitedChannel) -> int:
+        """Run a shell on a channel, and return its exit code."""
         try:
-            channel = LimitedChannel(self._transport, SHELL_TIMEOUT, self._watchdog)
             self._start(channel)
             while not (channel.closed or (channel.eof_received and not channel.recv_ready())):
                 self._follow_size(channel)
@@ -78,22 +74,16 @@ class _Terminal:
                 error
             )
         finally:
-            if channel is not None:
-                channel.timeout = CLOSE_TIMEOUT
-                channel.close()
-
-    def _limited(self) -> contextlib.AbstractContextManager[Any]:
-        """Close the connection if a block takes too long: paramiko has no timeout there."""
-        return self._watchdog.limit(SHELL_TIMEOUT, self._transport.close)
+            channel.timeout = CLOSE_TIMEOUT
+            channel.close()
 
     def _start(self, channel: LimitedChannel) -> None:
         kind = os.environ.get("TERM", "xterm-256color")
         try:
-            with self._limited():
-                channel.get_pty(kind, self._size.columns, self._size.lines)
-                channel.invoke_shell()
+            channel.limited("opened no terminal", channel.get_pty, kind, *self._size)
+            channel.limited("opened no terminal", channel.invoke_shell)
         except connection_errors() as error:
-            if not self._transport.is_active():
+            if not channel.get_transport().is_active():
                 raise
             raise SSHError(f"the host did not open a terminal ({reason(error)}): use run()") from (
                 error
@@ -104,8 +94,7 @@ class _Terminal:
         size = os.get_terminal_size(self._target)
         if size != self._size:
             self._size = size
-            with self._limited():
-                channel.resize_pty(size.columns, size.lines)
+            channel.limited("accepted no data", channel.resize_pty, *size)
 
     def _pass_on(self, channel: LimitedChannel) -> None:
         """Pass on the data of both directions; return soon if there is none."""
@@ -126,7 +115,7 @@ class _Terminal:
     def _exit_code(self, channel: LimitedChannel) -> int:
         if channel.status_event.wait(CLOSE_TIMEOUT) and channel.exit_status >= 0:
             return int(channel.exit_status)
-        if not self._transport.is_active():
+        if not channel.get_transport().is_active():
             raise SSHError("the connection broke, and the shell ended")
         return -1
 

@@ -186,35 +186,24 @@ def keep_alive(transport: Any) -> None:
     packetizer.set_keepalive(SILENCE_CHECK, check)
 
 
-def open_session(
-    transport: Any, timeout: float, window: int = COMMAND_WINDOW, patience: float = 0.0
-) -> Any:
+def open_session(transport: Any, timeout: float, window: int = COMMAND_WINDOW) -> Any:
     """Open a channel that keeps no more than its window in memory.
-
-    Parameters:
-        patience: seconds to retry while the host refuses the channel.
 
     Raises:
         NoChannelError: the host refuses the channel.
         SSHError: the host does not answer, or the connection is closed.
     """
-    give_up_at = time.monotonic() + patience
-    while True:
-        if transport is None or not transport.is_active():
-            raise SSHError("the connection to the host is closed")
-        try:
-            channel = transport.open_session(
-                window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
-            )
-            break
-        except connection_errors() as error:
-            if not transport.is_active():
-                raise SSHError("the connection broke") from error
-            refused = _is_refusal(error)
-            if not refused or time.monotonic() >= give_up_at:
-                kind = NoChannelError if refused else SSHError
-                raise kind(f"the host opened no channel: {reason(error)}") from error
-            time.sleep(CHANNEL_PAUSE)
+    if transport is None or not transport.is_active():
+        raise SSHError("the connection to the host is closed")
+    try:
+        channel = transport.open_session(
+            window_size=window, max_packet_size=CHANNEL_PACKET, timeout=timeout
+        )
+    except connection_errors() as error:
+        if not transport.is_active():
+            raise SSHError("the connection broke") from error
+        kind = NoChannelError if _is_refusal(error) else SSHError
+        raise kind(f"the host opened no channel: {reason(error)}") from error
     channel.settimeout(timeout)
     _guard_channel(channel)
     return channel
@@ -454,19 +443,19 @@ class LimitedChannel:
         self._transport = transport
         self.timeout = timeout
         self._watchdog = watchdog
-        self._channel = self._limited("opened no channel", open_session, transport, timeout, window)
+        self._channel = self.limited("opened no channel", open_session, transport, timeout, window)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._channel, name)
 
     def exec_command(self, command: bytes | str) -> None:
-        self._limited("accepted no command", channel_request, self._channel, "exec", command)
+        self.limited("accepted no command", channel_request, self._channel, "exec", command)
 
     def invoke_subsystem(self, name: str) -> None:
-        self._limited("accepted no command", channel_request, self._channel, "subsystem", name)
+        self.limited("accepted no command", channel_request, self._channel, "subsystem", name)
 
     def send(self, data: Any) -> int:
-        return int(self._limited("accepted no data", self._channel.send, data))
+        return int(self.limited("accepted no data", self._channel.send, data))
 
     def sendall(self, data: Any) -> None:
         view = memoryview(data.encode() if isinstance(data, str) else data)
@@ -474,10 +463,10 @@ class LimitedChannel:
             view = view[self.send(view) :]
 
     def recv(self, size: int) -> bytes:
-        return bytes(self._limited("sent no data", self._channel.recv, size))
+        return bytes(self.limited("sent no data", self._channel.recv, size))
 
     def recv_stderr(self, size: int) -> bytes:
-        return bytes(self._limited("sent no data", self._channel.recv_stderr, size))
+        return bytes(self.limited("sent no data", self._channel.recv_stderr, size))
 
     def recv_exit_status(self) -> int:
         """Return the exit status; -1 if the channel ended without one."""
@@ -486,15 +475,17 @@ class LimitedChannel:
         return int(self._channel.exit_status)
 
     def shutdown_write(self) -> None:
-        self._limited("accepted no data", self._channel.shutdown_write)
+        self.limited("accepted no data", self._channel.shutdown_write)
 
     def close(self) -> None:
         with contextlib.suppress(SSHError, *connection_errors()):
-            self._limited("accepted no data", self._channel.close)
+            self.limited("accepted no data", self._channel.close)
 
-    def _limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    def limited(self, failing: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function; raise an SSHError that says what is ``failing`` if it takes too long."""
         # By itself the call ends within the timeout, unless it hangs while it writes.
-        with self._watchdog.limit(1.25 * self.timeout + 0.25, self._break_off) as limit:
+        seconds = 1.25 * self.timeout + 0.25
+        with self._watchdog.limit(seconds, lambda: self._transport.close()) as limit:
             try:
                 return call(*arguments)
             except Exception as error:
@@ -502,6 +493,3 @@ class LimitedChannel:
                     late = f"the host {failing} for {self.timeout:g}s"
                     raise SSHError(late) from error
                 raise
-
-    def _break_off(self) -> None:
-        self._transport.close()

@@ -76,68 +76,52 @@ class Forward:
     """
 
     def __init__(
-        self,
-        ssh: paramiko.SSHClient,
-        remote_port: int,
-        local_port: int = 0,
-        owns: bool = False,
+        self, ssh: paramiko.SSHClient, remote_port: int, local_port: int = 0, owns: bool = False,
         log_level: int = logging.WARNING,
-    ) -> None:
-        check_forward_arguments(remote_port, local_port)
+    ) -> None:  # fmt: skip
         self._ssh = ssh
         self._remote_port = remote_port
         self._local_port = local_port
         self._owns = owns
         self._log_level = log_level
-        self._transport: Any = None
-        self._listener: socket.socket | None = None
+        self._transport: Any = ssh.get_transport()
         self._acceptor: threading.Thread | None = None
         self._closing = threading.Event()
         self._links: list[_Link] = []
 
     def __repr__(self) -> str:
-        state = "closed" if self._listener is None else "open"
+        state = "open" if self._acceptor and not self._closing.is_set() else "closed"
         return f"<Forward of {LOOPBACK}:{self._local_port} to port {self._remote_port}, {state}>"
 
     def __enter__(self) -> int:
         try:
             return self._open()
         except BaseException:
-            self._close()
+            self.__exit__()
             raise
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
 
     def _open(self) -> int:
         if self._acceptor is not None:
             raise SSHError("a Forward can be entered only once: make another one")
         if not is_connected(self._ssh):
             raise SSHError("the connection to the host is closed: open another one")
-        self._transport = self._ssh.get_transport()
+        address = (LOOPBACK, self._local_port)
         try:
-            self._listener = socket.create_server(
-                (LOOPBACK, self._local_port), backlog=FORWARD_BACKLOG
-            )
+            listener = socket.create_server(address, backlog=FORWARD_BACKLOG)
         except OSError as error:
             raise OSError(
                 error.errno, f"local_port {self._local_port} can't be used: {error.strerror}"
             ) from error
-        self._listener.settimeout(FORWARD_POLL)
-        self._local_port = self._listener.getsockname()[1]
-        self._acceptor = start_thread(
-            f"forward-{self._local_port}", self._accept_all, self._listener
-        )
+        listener.settimeout(FORWARD_POLL)
+        self._local_port = listener.getsockname()[1]
+        self._acceptor = start_thread(f"forward-{self._local_port}", self._accept_all, listener)
         logger.debug("forwarding port %d to port %d", self._local_port, self._remote_port)
         return self._local_port
 
-    def _close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closing.set()
         if self._acceptor is not None:
             self._acceptor.join()
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
         for link in self._links:
             link.close_socket()
         if self._links:
@@ -152,44 +136,51 @@ class Forward:
             link.thread.join(max(0.0, deadline - time.monotonic()))
 
     def _accept_all(self, listener: socket.socket) -> None:
-        while not self._closing.is_set():
-            try:
-                sock, peer = listener.accept()
-            except TimeoutError:
-                continue
-            except OSError as error:  # too many open files, most likely
-                logger.warning("port %d can't accept a connection: %s", self._local_port, error)
-                self._closing.wait(FORWARD_POLL)
-                continue
-            self._links = [link for link in self._links if link.thread.is_alive()]
-            try:
-                self._links.append(
-                    _Link(self._transport, self._remote_port, sock, peer, self._log_level)
-                )
-            except RuntimeError as error:  # too many threads
-                logger.warning("port %d dropped a connection: %s", self._local_port, error)
-                sock.close()
+        with listener:
+            while not self._closing.is_set():
+                try:
+                    sock, peer = listener.accept()
+                    link = _Link(self._open_channel, sock, peer)
+                except TimeoutError:
+                    continue
+                except (OSError, RuntimeError) as error:  # too many open files, or threads
+                    logger.warning("port %d can't accept a connection: %s", self._local_port, error)
+                    self._closing.wait(FORWARD_POLL)
+                    continue
+                self._links = [link, *(old for old in self._links if old.thread.is_alive())]
+
+    def _open_channel(self, peer: tuple[str, int]) -> Any:
+        """Connect to the port on the host; return None if that fails."""
+        try:
+            return self._transport.open_channel(
+                "direct-tcpip", (REMOTE_HOST, self._remote_port), peer, timeout=FORWARD_OPENING
+            )
+        except connection_errors() as error:
+            if not self._closing.is_set():
+                text = "port %d of the host accepted no connection: %s"
+                logger.log(self._log_level, text, self._remote_port, reason(error))
+            return None
 
 
 class _Link:
     """Forward one connection: a local socket, a channel, and a thread for each direction.
 
+    Parameters:
+        open_channel: returns the channel, or None.
+        sock: the local socket.
+        peer: its other end.
+
     Attributes:
         thread: the thread that ends when both directions have ended.
     """
 
-    def __init__(
-        self, transport: Any, remote_port: int, sock: socket.socket, peer: tuple[str, int],
-        log_level: int,
-    ) -> None:  # fmt: skip
-        self._transport = transport
-        self._remote_port = remote_port
+    def __init__(self, open_channel: Callable[..., Any], sock: socket.socket, peer: Any) -> None:
+        self._open_channel = open_channel
         self._sock = sock
         self._peer = peer
         self._channel: Any = None
         self._closing = False
         self._complete = False  # all data from the host was passed on
-        self._log_level = log_level
         self.thread = start_thread("forwarded", self._run)
 
     def close_socket(self) -> None:
@@ -207,7 +198,8 @@ class _Link:
     def _run(self) -> None:
         try:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._open_channel():
+            self._channel = self._open_channel(self._peer)
+            if self._channel is not None and not self._closing:
                 sender = start_thread("forwarded-out", self._send)
                 self._receive()
                 sender.join()
@@ -219,19 +211,6 @@ class _Link:
                     self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             self._sock.close()
             self.close_channel()
-
-    def _open_channel(self) -> bool:
-        try:
-            self._channel = self._transport.open_channel(
-                "direct-tcpip", (REMOTE_HOST, self._remote_port), self._peer,
-                timeout=FORWARD_OPENING,
-            )  # fmt: skip
-        except connection_errors() as error:
-            if not self._closing:
-                text = "port %d of the host accepted no connection: %s"
-                logger.log(self._log_level, text, self._remote_port, reason(error))
-            return False
-        return not self._closing
 
     def _receive(self) -> None:
         """Copy from the host to the local socket."""
@@ -299,7 +278,7 @@ class HTTPWait:
     def at_public_address(self, user_agent: str) -> int:
         """Wait for a response from the public address, and return its status."""
         with Session(user_agent) as session:
-            return self._wait(lambda: self._get(session, self.url or ""))
+            return self._wait(session, self.url or "")
 
     def on_host(self, ssh: paramiko.SSHClient, user_agent: str) -> int:
         """Wait for a response from the port of the host, over SSH, and return its status."""
@@ -309,20 +288,15 @@ class HTTPWait:
             session.trust_env = False  # no proxy
             session.headers["Host"] = f"{REMOTE_HOST}:{self.port}"
             session.headers["Connection"] = "close"
-            url = f"http://{LOOPBACK}:{local_port}{self.path}"
+            return self._wait(session, f"http://{LOOPBACK}:{local_port}{self.path}", ssh)
 
-            def get() -> int | str:
-                if not is_connected(ssh):
-                    raise SSHError("the connection to the host broke")
-                return self._get(session, url)
-
-            return self._wait(get)
-
-    def _wait(self, get: Callable[[], int | str]) -> int:
+    def _wait(self, session: Session, url: str, ssh: Any = None) -> int:
         started = time.monotonic()
         with self.progress.reporting() as report:
             while True:
-                answer = get()
+                if ssh is not None and not is_connected(ssh):
+                    raise SSHError("the connection to the host broke")
+                answer = self._get(session, url)
                 passed = time.monotonic() - started
                 if isinstance(answer, int) and answer not in NOT_YET_STATUSES:
                     return answer
@@ -332,17 +306,15 @@ class HTTPWait:
                     text = f"no service at {self.where} yet: {why}, {readable_seconds(passed)}"
                     report(ProgressEvent("http", passed, text))
                 if passed >= self.timeout:
-                    raise self._too_late(why)
-                time.sleep(max(0.0, min(SERVICE_PAUSE, self.timeout - passed)))
-
-    def _too_late(self, why: str) -> WaitTimeoutError:
+                    break
+                time.sleep(min(SERVICE_PAUSE, self.timeout - passed))
         error = WaitTimeoutError(
             f"no service at {self.where} within {self.timeout:g}s, the last result: {why}. Does it "
             "listen on 0.0.0.0 and on the right port?",
             order_id=self.order.id or 0, order=self.order,
         )  # fmt: skip
         error.reason = why
-        return error
+        raise error
 
     def _get(self, session: Session, url: str) -> int | str:
         """Return the status of a response, or why there is none."""
