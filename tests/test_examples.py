@@ -48,7 +48,8 @@ BLOCKS = [
     for heading in re.findall(r"^## (.+)$", README, re.MULTILINE)
     for code in re.findall(r"```python\n(.*?)```", section(heading), re.DOTALL)
 ]
-CLIENT = "from clore_client import CloreClient\n\nclient = CloreClient()\n"
+QUICK = "rate_limit=0.1, create_order_interval=0.1"
+CLIENT = f"from clore_client import CloreClient\n\nclient = CloreClient({QUICK})\n"
 ORDER = 'order = client.get_orders()[0]\norder["ssh_password"] = "my-password"\n'
 
 

@@ -20,7 +20,7 @@ from clore_client import CloreClient, CloreError
 from tests.conftest import FORMS
 from tests.variant import Simulator
 
-PROGRAMS = int(os.environ.get("CLORE_PROGRAMS", "60"))
+PROGRAMS = int(os.environ.get("CLORE_PROGRAMS", "40"))
 PARTS = 4
 KINDS = ["lose_response", "lose_request", "http_500_after_commit", "html_502", "code_1", "no_code"]
 ENDPOINTS = ["create_order", "my_orders", "cancel_order", "cancel_orders"]

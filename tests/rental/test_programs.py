@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from clore_client import CloreClient, CloreError
 from tests.variant import Simulator, inside
 
-PROGRAMS = int(os.environ.get("CLORE_PROGRAMS", "100"))
+PROGRAMS = int(os.environ.get("CLORE_PROGRAMS", "60"))
 LIMIT = 0.002
 EXCHANGE = 0.1  # seconds that the client waits for a response
 WAIT = 0.05
