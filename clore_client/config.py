@@ -252,28 +252,19 @@ def lock_file(handle: int, patience: float = 0.0) -> bool:
     """
     deadline = time.monotonic() + patience
     pause = FIRST_LOCK_PAUSE
-    while not _try_to_lock(handle):
-        if time.monotonic() >= deadline:
-            return False
+    while True:
+        try:
+            set_lock(handle, locked=True)
+            return True
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() >= deadline:
+                return False
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_LOCK_PAUSE)
-    return True
 
 
-def _try_to_lock(handle: int) -> bool:
-    try:
-        _set_lock(handle, locked=True)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
-
-
-def unlock_file(handle: int) -> None:
-    """Unlock a file that :func:`lock_file` locked."""
-    _set_lock(handle, locked=False)
-
-
-def _set_lock(handle: int, locked: bool) -> None:
+def set_lock(handle: int, locked: bool) -> None:
+    """Lock an open file at once, or unlock it."""
     if os.name == "nt":
         import msvcrt
 

@@ -1678,28 +1678,19 @@ def lock_file(handle: int, patience: float = 0.0) -> bool:
     """
     deadline = time.monotonic() + patience
     pause = FIRST_LOCK_PAUSE
-    while not _try_to_lock(handle):
-        if time.monotonic() >= deadline:
-            return False
+    while True:
+        try:
+            set_lock(handle, locked=True)
+            return True
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() >= deadline:
+                return False
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_LOCK_PAUSE)
-    return True
 
 
-def _try_to_lock(handle: int) -> bool:
-    try:
-        _set_lock(handle, locked=True)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
-
-
-def unlock_file(handle: int) -> None:
-    """Unlock a file that :func:`lock_file` locked."""
-    _set_lock(handle, locked=False)
-
-
-def _set_lock(handle: int, locked: bool) -> None:
+def set_lock(handle: int, locked: bool) -> None:
+    """Lock an open file at once, or unlock it."""
     if os.name == "nt":
         import msvcrt
 
@@ -3456,26 +3447,16 @@ class Rules:
         self.__dict__.update(changes)
 
 
-POST_RULES = {
-    "create_order": Rules(spaced=True, logged=True),
-    "cancel_order": Rules(repeatable=True, urgent=True, logged=True),
-    "cancel_orders": Rules(repeatable=True, urgent=True, logged=True),
-    "set_spot_price": Rules(repeatable=True, logged=True),
+# By HTTP method and the last part of the endpoint.
+RULES = {
+    ("POST", "create_order"): Rules(spaced=True, logged=True),
+    ("POST", "cancel_order"): Rules(repeatable=True, urgent=True, logged=True),
+    ("POST", "cancel_orders"): Rules(repeatable=True, urgent=True, logged=True),
+    ("POST", "set_spot_price"): Rules(repeatable=True, logged=True),
+    ("GET", "marketplace"): Rules(needs_key=False, repeatable=True),
+    ("HEAD", "marketplace"): Rules(needs_key=False, repeatable=True),
 }
-GET_RULES = {"marketplace": Rules(needs_key=False, repeatable=True)}
-OTHER_POST, OTHER_GET = Rules(), Rules(repeatable=True)
-
-
-def rules_for(method: str, name: str) -> Rules:
-    """Return the rules for a request.
-
-    Parameters:
-        method: the HTTP method.
-        name: the last part of the endpoint.
-    """
-    if method in ("GET", "HEAD"):
-        return GET_RULES.get(name, OTHER_GET)
-    return POST_RULES.get(name, OTHER_POST) if method == "POST" else OTHER_POST
+OTHER_READ, OTHER_CHANGE = Rules(repeatable=True), Rules()
 
 
 class Call:
@@ -3490,6 +3471,7 @@ class Call:
 
     Attributes:
         name: the last part of the endpoint, such as ``"create_order"``.
+        reads: whether the request only reads.
         settings: the arguments of ``Session.send``.
         key: the API key, or an empty string.
         secrets: the strings that no error may show.
@@ -3501,7 +3483,6 @@ class Call:
     """
 
     lists_servers = False
-    label = ""
 
     def __init__(
         self,
@@ -3522,31 +3503,32 @@ class Call:
         self.label = f"{method} {endpoint}"
         path = unquote(urlsplit(endpoint).path)
         self.name = path.rstrip("/").rsplit("/", 1)[-1].lower()
-        self.rules = rules_for(method, self.name)
+        self.reads = method in ("GET", "HEAD")
+        self.rules = RULES.get((method, self.name), OTHER_READ if self.reads else OTHER_CHANGE)
         self.urgent = self.rules.urgent or urgent
         all_headers = CaseInsensitiveDict(check_headers("headers", headers))
         if given_headers := options.pop("headers", None):
             all_headers.update(check_headers("headers", given_headers))
         self.key = _check_key(all_headers, base_url, endpoint, self.rules.needs_key)
         timeout = check_timeout("timeout", options.pop("timeout", timeout))
-        given = {k: options.pop(k, None) for k in ("proxies", "stream", "verify", "cert")}
+        verify, cert = options.pop("verify", None), options.pop("cert", None)
+        options.pop("stream", None)
+        proxies = dict(options.pop("proxies", None) or {})
+        if is_loopback(base_url):
+            # A proxy from the environment could read the key over plain http.
+            proxies = {"http": None, "https": None, "all": None, **proxies}
         self.request, secrets = _prepare_request(
-            session, method, base_url + endpoint, all_headers, params, json, options
-        )
-        self.settings = _send_settings(session, base_url, self.request, given)
-        self.settings["timeout"] = timeout
+            session, method=method, url=base_url + endpoint, headers=all_headers, params=params,
+            json=json, **options,
+        )  # fmt: skip
         self.secrets = (self.key, *secrets) if self.key else secrets
-
-    def __repr__(self) -> str:
-        return f"<Call {self.label}>"
-
-    @property
-    def repeatable(self) -> bool:
-        return self.rules.repeatable
+        # read_body() limits the size of a stream.
+        merged = session.merge_environment_settings(self.request.url, proxies, True, verify, cert)
+        self.settings: dict[str, Any] = {**merged, "allow_redirects": False, "timeout": timeout}
 
     def lost(self, cause: str) -> CloreError:
         """Make the error for a request that was sent and got no usable response."""
-        if self.repeatable:
+        if self.rules.repeatable:
             return CloreConnectionError(cause)
         if self.name == "create_order":
             return OrderOutcomeUnknownError(
@@ -3598,22 +3580,14 @@ def _check_method(method: str, options: dict[str, Any]) -> str:
 
 
 def _prepare_request(
-    session: requests.Session,
-    method: str,
-    url: str,
-    headers: Any,
-    params: Any,
-    json: Any,
-    options: dict[str, Any],
+    session: requests.Session, **arguments: Any
 ) -> tuple[requests.PreparedRequest, tuple[str, ...]]:
     """Return the request, and the secrets in its body."""
     # Without this, requests would send a password from ~/.netrc.
-    options.setdefault("auth", lambda request: request)
+    arguments.setdefault("auth", lambda request: request)
     try:
-        request = requests.Request(
-            method, url, headers=headers, params=params, json=json, **options
-        )
-        return session.prepare_request(request), tuple(dict.fromkeys(secrets_in(json)))
+        request = session.prepare_request(requests.Request(**arguments))
+        return request, tuple(dict.fromkeys(secrets_in(arguments["json"])))
     except requests.exceptions.InvalidJSONError as error:
         raise ValueError(f"json can't be encoded as JSON: {error}") from None
     except RecursionError:
@@ -3621,24 +3595,6 @@ def _prepare_request(
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"json, params or another argument can't be sent: {error}") from None
-
-
-def _send_settings(
-    session: requests.Session,
-    base_url: str,
-    request: requests.PreparedRequest,
-    given: dict[str, Any],
-) -> dict[str, Any]:
-    """Return the arguments of ``Session.send``, except the timeout."""
-    proxies = dict(given["proxies"] or {})
-    if is_loopback(base_url):
-        # A proxy from the environment could read the key over plain http.
-        proxies = {"http": None, "https": None, "all": None, **proxies}
-    merged = session.merge_environment_settings(
-        request.url, proxies, given["stream"], given["verify"], given["cert"]
-    )
-    # read_body() limits the size of a stream.
-    return {**merged, "allow_redirects": False, "stream": True}
 
 
 def _check_key(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:
@@ -4295,7 +4251,7 @@ class FileStore:
                 raise OSError("the disk is full")
             return result
         finally:
-            unlock_file(handle)  # a forked child may still have it open
+            set_lock(handle, locked=False)  # a forked child may still have it open
 
 
 def limit_name(account: str) -> str:
@@ -4674,9 +4630,6 @@ UNKNOWN = "unknown"  # raise an OutcomeUnknownError; create_order looks for its 
 NOT_SENT = "not sent"
 RATE_LIMITED = "rate limited"
 NO_RESPONSE = "no response"
-BROKEN_BODY = "broken body"
-UNREADABLE_BODY = "unreadable body"
-UNAVAILABLE = "unavailable"
 UNCLEAR = "unclear"
 DATABASE_ERROR = "database error"
 REFUSED = "refused"
@@ -4685,11 +4638,10 @@ REFUSED = "refused"
 POLICY = {
     NOT_SENT: (RETRY, RETRY),  # connection refused, name not resolved, TLS
     RATE_LIMITED: (RETRY, RETRY),  # HTTP 429 or code 5
-    NO_RESPONSE: (RETRY, UNKNOWN),  # timeout, connection lost
-    BROKEN_BODY: (RETRY, UNKNOWN),  # HTTP 2xx with a body that is not JSON
-    UNREADABLE_BODY: (RAISE, UNKNOWN),  # too large, or in an unexpected encoding
-    UNAVAILABLE: (RETRY, UNKNOWN),  # HTTP 500, 502 ... without a code
-    UNCLEAR: (RAISE, UNKNOWN),  # other HTTP 5xx, and HTTP 2xx without a code
+    # Timeout, connection lost, HTTP 2xx with a body that is not JSON, HTTP 500 ... without a code.
+    NO_RESPONSE: (RETRY, UNKNOWN),
+    # Other HTTP 5xx, HTTP 2xx without a code, a body that is too large or in a wrong encoding.
+    UNCLEAR: (RAISE, UNKNOWN),
     DATABASE_ERROR: (RETRY, RAISE),  # code 1
     REFUSED: (RAISE, RAISE),  # any other error of the API, a redirect, 4xx
 }
@@ -4698,9 +4650,9 @@ REFUSAL_CODES = frozenset({3, 4})  # with these, the API did nothing, even with 
 LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that hit the rate limit
 
 
-def action_for(problem: str, repeatable: bool) -> str:
+def action_for(call: Call, problem: str) -> str:
     """Return what to do about a problem."""
-    return POLICY[problem][0 if repeatable else 1]
+    return POLICY[problem][0 if call.rules.repeatable else 1]
 
 
 def problem_of(status: int, decoded: Any, code: int | None) -> str:
@@ -4717,10 +4669,8 @@ def problem_of(status: int, decoded: Any, code: int | None) -> str:
         return DATABASE_ERROR
     if code in REFUSAL_CODES or (code == 6 and error_text(decoded)):
         return REFUSED
-    if code is None and status in UNAVAILABLE_STATUSES:
-        return UNAVAILABLE
-    if decoded is None and status < 300:
-        return BROKEN_BODY
+    if code is None and (status in UNAVAILABLE_STATUSES or (decoded is None and status < 300)):
+        return NO_RESPONSE
     return UNCLEAR if status >= 500 or (code is None and status < 300) else REFUSED
 
 
@@ -4739,17 +4689,13 @@ class Failure:
 
     Attributes:
         error: what to raise if it is not retried.
-        problem: why it failed.
         again: whether to retry.
+        rate_limited: whether the API refused it because of the rate limit.
     """
 
     def __init__(self, error: CloreError, problem: str, again: bool = False) -> None:
-        self.error, self.problem, self.again = error, problem, again
-
-    @property
-    def rate_limited(self) -> bool:
-        """Whether the API refused it because of the rate limit."""
-        return self.problem == RATE_LIMITED
+        self.error, self.again = error, again
+        self.rate_limited = problem == RATE_LIMITED
 
 
 def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str:
@@ -4788,7 +4734,7 @@ def classify_error(call: Call, error: Exception, sent_at: float | None) -> Failu
     kind = type(error) if isinstance(error, requests.RequestException) else requests.ConnectionError
     failed.__cause__ = kind(cause)
     problem = NOT_SENT if unsent else NO_RESPONSE
-    return Failure(failed, problem, action_for(problem, call.repeatable) == RETRY)
+    return Failure(failed, problem, action_for(call, problem) == RETRY)
 
 
 def classify_unusable(call: Call, response: requests.Response | None, reason: str) -> Failure:
@@ -4796,7 +4742,7 @@ def classify_unusable(call: Call, response: requests.Response | None, reason: st
     status = 0 if response is None else response.status_code
     about = _about(call, status)
     error = InvalidResponseError(-1, f"HTTP {status}: {reason}", retryable=False, **about)
-    return _failure(call, UNREADABLE_BODY, error, reason)
+    return _failure(call, UNCLEAR, error, reason)
 
 
 def classify(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
@@ -4815,11 +4761,11 @@ def classify(call: Call, response: requests.Response, body: bytes) -> Envelope |
         return _failure(call, problem, refused, "")
     if code is None:
         text, hint = _describe(call, response, body, decoded)
-        retryable = action_for(problem, call.repeatable) == RETRY
+        retryable = action_for(call, problem) == RETRY
         broken = InvalidResponseError(-1, text, envelope, hint=hint, retryable=retryable, **about)
         cause = (broken.error or "JSON without a code").removeprefix(f"HTTP {status}: ")
         return _failure(call, problem, broken, cause)
-    if problem == DATABASE_ERROR and not call.repeatable:  # ambiguous
+    if problem == DATABASE_ERROR and not call.rules.repeatable:  # ambiguous
         about["retryable"] = False
         about["hint"] = CREATE_ORDER_CODE_1 if call.name == "create_order" else None
     error = api_error(envelope, **about)
@@ -4831,7 +4777,7 @@ def _about(call: Call, status: int) -> dict[str, Any]:
 
 
 def _failure(call: Call, problem: str, error: CloreAPIError, cause: str) -> Failure:
-    action = action_for(problem, call.repeatable)
+    action = action_for(call, problem)
     if action != UNKNOWN:
         return Failure(error, problem, action == RETRY)
     lost = call.lost(f"HTTP {error.http_status}: {cause}")
@@ -5295,8 +5241,7 @@ class HTTPClient:
         self, call: Call, settings: dict[str, Any], started_at: float
     ) -> Envelope | Failure:
         """Send a request, and read and classify its response."""
-        reads = call.request.method in ("GET", "HEAD")
-        session = self._sessions.take(reads)
+        session = self._sessions.take(call.reads)
         response = None
         outcome: Envelope | Failure
         try:
@@ -5312,7 +5257,7 @@ class HTTPClient:
             outcome = self._classify(call, response, body, started_at)
         if isinstance(outcome, Failure) and response is not None:
             response.close()
-        self._sessions.put_back(session, reads)
+        self._sessions.put_back(session, call.reads)
         return outcome
 
     def _classify(

@@ -21,7 +21,7 @@ from clore_client.api.rate_limit import (
     StoreUnavailableError,
     Turn,
 )
-from clore_client.config import account_digest, lock_file, open_private, read_line, unlock_file
+from clore_client.config import account_digest, lock_file, open_private, read_line, set_lock
 from clore_client.errors import Secret
 from clore_client.log import logger
 from clore_client.process import this_process
@@ -84,7 +84,7 @@ class FileStore:
                 raise OSError("the disk is full")
             return result
         finally:
-            unlock_file(handle)  # a forked child may still have it open
+            set_lock(handle, locked=False)  # a forked child may still have it open
 
 
 def limit_name(account: str) -> str:

@@ -347,8 +347,7 @@ class HTTPClient:
         self, call: Call, settings: dict[str, Any], started_at: float
     ) -> Envelope | Failure:
         """Send a request, and read and classify its response."""
-        reads = call.request.method in ("GET", "HEAD")
-        session = self._sessions.take(reads)
+        session = self._sessions.take(call.reads)
         response = None
         outcome: Envelope | Failure
         try:
@@ -364,7 +363,7 @@ class HTTPClient:
             outcome = self._classify(call, response, body, started_at)
         if isinstance(outcome, Failure) and response is not None:
             response.close()
-        self._sessions.put_back(session, reads)
+        self._sessions.put_back(session, call.reads)
         return outcome
 
     def _classify(
