@@ -424,7 +424,7 @@ class CloreClient(HTTPClient):
             gpu_type, max_price_usd, min_reliability, use_spot, filters, method=self.find_servers
         )
         check_number("cache_seconds", cache_seconds, unit="seconds")
-        found, report = self._market.search(search, cache_seconds)
+        found, report = search.run(self._market.listing(cache_seconds))
         servers = ServerList(found)
         servers.report = report
         return servers

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from clore_client.errors import ConfigurationError, Secret, printable
 from clore_client.log import warn_once
-from clore_client.validation import check_local_path
+from clore_client.validation import check_local_path, check_type
 
 __version__ = "0.1.0"
 
@@ -198,13 +198,13 @@ def read_line(path: str) -> str:
 
 def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:
     """Check a state folder; None turns the journal off."""
-    if value is not None and not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a folder or None, not {type(value).__name__}")
-    if isinstance(value, str) and not value.strip():
+    if value is None:
+        return None
+    folder: str | os.PathLike[str] = check_type(name, value, "a folder or None", str, os.PathLike)
+    if isinstance(folder, str) and not folder.strip():
         raise ValueError(f"{name} must not be empty: None turns the journal off")
-    if value is not None:
-        check_local_path(name, value)
-    return value
+    check_local_path(name, folder)
+    return folder
 
 
 def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:

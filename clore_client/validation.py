@@ -149,10 +149,10 @@ def check_local_path(name: str, path: str | bytes | os.PathLike[Any]) -> None:
         )
 
 
-def check_callback(name: str, value: Any, arguments: int) -> None:
+def check_callback(name: str, value: Any, arguments: int = 1) -> Any:
     """Check a callback that will get this number of arguments; None is allowed."""
     if value is None:
-        return
+        return value
     if not callable(value):
         raise TypeError(f"{name} must be callable, not {short_repr(value)}")
     import inspect  # imported here, because it is slow and rarely needed
@@ -160,12 +160,13 @@ def check_callback(name: str, value: Any, arguments: int) -> None:
     try:
         signature = inspect.signature(value)
     except (ValueError, TypeError):  # a builtin function without a signature
-        return
+        return value
     try:
         signature.bind(*[None] * arguments)
     except TypeError:
         one = "one argument" if arguments == 1 else f"{arguments} arguments"
         raise TypeError(f"{name} must be callable with {one}, not {short_repr(value)}") from None
+    return value
 
 
 def check_string(name: str, value: Any) -> str:
@@ -210,12 +211,9 @@ def check_timeout(name: str, value: Any) -> Timeout:
             raise ValueError(
                 f"{name} must be seconds or a (connect, read) pair, not {short_repr(value)}"
             )
-        parts = [
-            None if v is None else _check_socket_timeout(f"{name}[{i}]", v)
-            for i, v in enumerate(value)
-        ]
-        return (parts[0], parts[1])
-    return None if value is None else _check_socket_timeout(name, value)
+        connect, read = (_check_seconds(f"{name}[{i}]", part) for i, part in enumerate(value))
+        return connect, read
+    return _check_seconds(name, value)
 
 
 def shortened(timeout: Timeout, longest: float) -> Timeout:
@@ -232,9 +230,9 @@ def longest_part(timeout: Timeout) -> float | None:
     return None if None in parts else max(part for part in parts if part is not None)
 
 
-def _check_socket_timeout(name: str, value: Any) -> float:
+def _check_seconds(name: str, value: Any) -> float | None:
     # A socket refuses a longer timeout.
-    return check_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")
+    return check_optional_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")
 
 
 def check_currency(name: str, value: Any) -> str:

@@ -1124,10 +1124,10 @@ def check_local_path(name: str, path: str | bytes | os.PathLike[Any]) -> None:
         )
 
 
-def check_callback(name: str, value: Any, arguments: int) -> None:
+def check_callback(name: str, value: Any, arguments: int = 1) -> Any:
     """Check a callback that will get this number of arguments; None is allowed."""
     if value is None:
-        return
+        return value
     if not callable(value):
         raise TypeError(f"{name} must be callable, not {short_repr(value)}")
     import inspect  # imported here, because it is slow and rarely needed
@@ -1135,12 +1135,13 @@ def check_callback(name: str, value: Any, arguments: int) -> None:
     try:
         signature = inspect.signature(value)
     except (ValueError, TypeError):  # a builtin function without a signature
-        return
+        return value
     try:
         signature.bind(*[None] * arguments)
     except TypeError:
         one = "one argument" if arguments == 1 else f"{arguments} arguments"
         raise TypeError(f"{name} must be callable with {one}, not {short_repr(value)}") from None
+    return value
 
 
 def check_string(name: str, value: Any) -> str:
@@ -1185,12 +1186,9 @@ def check_timeout(name: str, value: Any) -> Timeout:
             raise ValueError(
                 f"{name} must be seconds or a (connect, read) pair, not {short_repr(value)}"
             )
-        parts = [
-            None if v is None else _check_socket_timeout(f"{name}[{i}]", v)
-            for i, v in enumerate(value)
-        ]
-        return (parts[0], parts[1])
-    return None if value is None else _check_socket_timeout(name, value)
+        connect, read = (_check_seconds(f"{name}[{i}]", part) for i, part in enumerate(value))
+        return connect, read
+    return _check_seconds(name, value)
 
 
 def shortened(timeout: Timeout, longest: float) -> Timeout:
@@ -1207,9 +1205,9 @@ def longest_part(timeout: Timeout) -> float | None:
     return None if None in parts else max(part for part in parts if part is not None)
 
 
-def _check_socket_timeout(name: str, value: Any) -> float:
+def _check_seconds(name: str, value: Any) -> float | None:
     # A socket refuses a longer timeout.
-    return check_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")
+    return check_optional_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")
 
 
 def check_currency(name: str, value: Any) -> str:
@@ -1624,13 +1622,13 @@ def read_line(path: str) -> str:
 
 def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:
     """Check a state folder; None turns the journal off."""
-    if value is not None and not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a folder or None, not {type(value).__name__}")
-    if isinstance(value, str) and not value.strip():
+    if value is None:
+        return None
+    folder: str | os.PathLike[str] = check_type(name, value, "a folder or None", str, os.PathLike)
+    if isinstance(folder, str) and not folder.strip():
         raise ValueError(f"{name} must not be empty: None turns the journal off")
-    if value is not None:
-        check_local_path(name, value)
-    return value
+    check_local_path(name, folder)
+    return folder
 
 
 def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
@@ -1904,17 +1902,13 @@ def text_of(record: Any, *path: str) -> str | None:
 
 def is_live(response: Mapping[str, Any]) -> bool:
     """Return whether a response with orders or a spot market is in the live form."""
-    for order in dicts(response.get("orders")):
-        if any(marker in order for marker in LIVE_ORDER_MARKERS):
-            return True
-    if "exists" in response:
+    orders, market = dicts(response.get("orders")), response.get("market")
+    if "exists" in response or any(m in order for order in orders for m in LIVE_ORDER_MARKERS):
         return True
-    market = response.get("market")
     if not isinstance(market, dict):
         return False
-    if any(marker in market for marker in LIVE_MARKET_MARKERS):
-        return True
-    return any("bid" in offer for offer in dicts(market.get("offers")))
+    offers = dicts(market.get("offers"))
+    return any(m in market for m in LIVE_MARKET_MARKERS) or any("bid" in offer for offer in offers)
 
 
 def whole_id(value: Any) -> int | None:
@@ -1932,7 +1926,8 @@ class Record(dict[str, Any]):
     A record that did not come from the API counts as documented, and is its own ``.wire``.
     """
 
-    _wire: dict[str, Any]
+    _wire: dict[str, Any] | None = None
+    _rates = ExchangeRates()  # empty; that of the client replaces it
     # The properties in a card and in a row of to_dicts(): numbers, text and bools.
     FIELDS: ClassVar[tuple[str, ...]] = ()
     SHOWN: ClassVar[tuple[str, ...]] = ()  # the properties in the repr; if empty, the FIELDS
@@ -1940,10 +1935,7 @@ class Record(dict[str, Any]):
     @property
     def wire(self) -> dict[str, Any]:
         """A copy of the record as the API sent it."""
-        try:
-            return copy.deepcopy(self._wire)
-        except AttributeError:
-            return dict(self)
+        return dict(self) if self._wire is None else copy.deepcopy(self._wire)
 
     def _like(self: R, items: Mapping[str, Any]) -> R:
         twin = type(self)(items)
@@ -1998,7 +1990,6 @@ class Wallet(Record):
     The live API calls the address ``deposit``; that field is kept too.
     """
 
-    _rates: ExchangeRates
     FIELDS = ("name", "balance", "balance_usd", "deposit_address")
 
     @property
@@ -2014,8 +2005,7 @@ class Wallet(Record):
     @property
     def balance_usd(self) -> float | None:
         """The balance in USD; None if the balance or the exchange rate is not known."""
-        rates = getattr(self, "_rates", None) or ExchangeRates()
-        return rates.usd(self.balance, self.name)
+        return self._rates.usd(self.balance, self.name)
 
     @property
     def deposit_address(self) -> str | None:
@@ -2105,12 +2095,11 @@ def is_mixed(record: dict[str, Any]) -> bool:
     return len(set(gpu_names(record))) > 1
 
 
-def gpu_label(record: dict[str, Any]) -> str | None:
-    """Return the count and name of the GPUs of a server or an order, or None."""
-    names = gpu_names(record)
-    if is_mixed(record):
-        return " + ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
-    return f"{count_gpus(record)}x {names[0]}" if names else None
+def _exchange_rate(price: Any, currency: str) -> float | None:
+    """Return USD for one unit of ``currency``, by an on-demand price in both; None if unknown."""
+    amount = positive(part_of(price, "on_demand", currency))
+    in_usd = positive(part_of(price, "usd", _USD_FIELDS.get(currency, "")))
+    return in_usd / amount if amount and in_usd else None
 
 
 def _live_spot_per_day(price: dict[str, Any]) -> float | None:
@@ -2118,8 +2107,7 @@ def _live_spot_per_day(price: dict[str, Any]) -> float | None:
 
     ``price.usd.spot`` is often 0, which means that it is in another field (seen on the live API).
     """
-    usd = price.get("usd")
-    if stated := positive(part_of(usd, "spot")):
+    if stated := positive(part_of(price, "usd", "spot")):
         return stated
     original = price.get("original_usd")
     if isinstance(original, dict):
@@ -2127,15 +2115,12 @@ def _live_spot_per_day(price: dict[str, Any]) -> float | None:
         others = [p for c in original if (p := positive(part_of(original, c, "spot")))]
         if clore or others:
             return clore or min(others)
-    spot, on_demand = price.get("spot"), price.get("on_demand")
-    if stated := positive(part_of(spot, "USD-Blockchain")):
+    if stated := positive(part_of(price, "spot", "USD-Blockchain")):
         return stated
-    for currency, usd_field in _USD_FIELDS.items():
-        # The on-demand price of the server in both currencies gives the exchange rate.
-        amount = positive(part_of(spot, currency))
-        same, in_usd = positive(part_of(on_demand, currency)), positive(part_of(usd, usd_field))
-        if amount and same and in_usd:
-            return amount * in_usd / same
+    for currency in _USD_FIELDS:
+        amount, rate = positive(part_of(price, "spot", currency)), _exchange_rate(price, currency)
+        if amount and rate:
+            return amount * rate
     return None
 
 
@@ -2173,9 +2158,8 @@ def listed_rate(server: Server, currency: str) -> float | None:
     """Return USD for one unit of ``currency``, by the prices of one server; None if unknown."""
     if currency == "USD-Blockchain":
         return 1.0
-    amount = amount_per_hour(server, currency)
-    in_usd = positive(part_of(server, "price", "usd", _USD_FIELDS.get(currency, "")))
-    return in_usd / amount if amount and in_usd else None
+    rate = _exchange_rate(server.price, currency)
+    return rate and rate * HOURS_PER_DAY  # the price in USD is per hour, the other one per day
 
 
 def accepts(record: dict[str, Any], live: bool, currency: str) -> bool:
@@ -2226,7 +2210,10 @@ class GPURecord(Record):
     @property
     def gpu(self) -> str | None:
         """The count and name of its GPUs, such as ``"2x RTX 4090"``; of several models, all."""
-        return gpu_label(self)
+        names = gpu_names(self)
+        if is_mixed(self):
+            return " + ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
+        return f"{count_gpus(self)}x {names[0]}" if names else None
 
     @property
     def gpu_name(self) -> str | None:
@@ -2449,11 +2436,9 @@ class Marketplace:
             return
         self.prices[server_id] = usd
         if self.live and len(self.rates) < len(_USD_FIELDS):
-            for currency, usd_field in _USD_FIELDS.items():
-                amount = positive(part_of(record, "price", "on_demand", currency))
-                in_usd = positive(part_of(record, "price", "usd", usd_field))
-                if amount and in_usd:
-                    self.rates[currency] = in_usd / amount
+            for currency in _USD_FIELDS:
+                if rate := _exchange_rate(record["price"], currency):
+                    self.rates[currency] = rate
 
     def servers(self, *, include_rented: bool = False) -> list[Server]:
         """Return the servers in the documented form, in the API's order."""
@@ -2513,8 +2498,7 @@ class Order(GPURecord):
     unexpected type.
     """
 
-    _live: bool
-    _rates: ExchangeRates
+    _live: bool | None = None
     FIELDS = ("id", "server_id", "status", "gpu_name", "gpu_count", "price", "currency",
               "usd_per_hour", "cost_usd", "is_spot", "started_at", "image",
               "ssh_command")  # fmt: skip
@@ -2600,7 +2584,7 @@ class Order(GPURecord):
         """
         if "body" in self:  # a preview
             return finite(self.get("usd_per_hour"))
-        return self._exchange_rates().usd(self.get("price"), self.get("currency"))
+        return self._rates.usd(self.get("price"), self.get("currency"))
 
     @property
     def cost_usd(self) -> float | None:
@@ -2609,7 +2593,7 @@ class Order(GPURecord):
         The live API says what was spent. Without that, it is the price for the time since the
         start, and only known while the order is active.
         """
-        hourly, rate = finite(self.get("price")), self._exchange_rates().rate(self.get("currency"))
+        hourly, rate = finite(self.get("price")), self._rates.rate(self.get("currency"))
         spent = finite(self.get("spend"))
         if rate is None or hourly is None or hourly <= 0:
             return None
@@ -2626,11 +2610,9 @@ class Order(GPURecord):
     def fee_rate(self) -> float:
         """The renter's fee as a fraction of the price; the published one if it is not stated."""
         stated = finite(self.get("fee"))
-        valid = stated is not None and 0 <= stated <= 1
-        return stated if valid and stated is not None else published_fee(self.is_spot is True)
-
-    def _exchange_rates(self) -> ExchangeRates:
-        return getattr(self, "_rates", None) or ExchangeRates()
+        if stated is not None and 0 <= stated <= 1:
+            return stated
+        return published_fee(self.is_spot is True)
 
     @property
     def body(self) -> dict[str, Any] | None:
@@ -2641,7 +2623,7 @@ class Order(GPURecord):
     @property
     def is_live(self) -> bool | None:
         """True if it came in the live form; None if it did not come from the API."""
-        return getattr(self, "_live", None)
+        return self._live
 
     def _summary(self) -> dict[str, Any]:
         if self.body is None:
@@ -2804,13 +2786,13 @@ class Column(NamedTuple):
 
     Attributes:
         heading: its heading, with the unit.
-        text: returns the text of a record, or None.
+        value: returns the value of a record, or None.
         right: whether to align the column on the right, as numbers are.
         widest: the most characters of a cell; the rest is cut.
     """
 
     heading: str
-    text: Callable[[Any], str | None]
+    value: Callable[[Any], Any]
     right: bool = False
     widest: int = MAX_WIDTH
 
@@ -2839,16 +2821,17 @@ def utc_time(seconds: float | None) -> str | None:
         return None
 
 
-def cell_text(text: str | None, widest: int = MAX_WIDTH) -> str:
-    """Return the text of a cell on one line, in printable ASCII; the rest is escaped."""
-    plain = printable((text or "")[:widest].encode("ascii", "backslashreplace").decode())
-    cut = len(plain) > widest or len(text or "") > widest
+def cell_text(value: Any, widest: int = MAX_WIDTH) -> str:
+    """Return a value on one line, in printable ASCII; the rest is escaped."""
+    text = "" if value is None else str(value)
+    plain = printable(text[:widest].encode("ascii", "backslashreplace").decode())
+    cut = len(plain) > widest or len(text) > widest
     return re.sub(r"\\([xuU][0-9a-f]{0,7})?$", "", plain[: widest - 3]) + "..." if cut else plain
 
 
 def cells_of(records: Sequence[Any], columns: Sequence[Column]) -> list[tuple[Column, list[str]]]:
     """Return each column with its cells, without the columns that are empty."""
-    filled = [(c, [cell_text(c.text(record), c.widest) for record in records]) for c in columns]
+    filled = [(c, [cell_text(c.value(record), c.widest) for record in records]) for c in columns]
     return [(column, cells) for column, cells in filled if any(cells)]
 
 
@@ -2878,14 +2861,12 @@ def _rest(records: Sequence[Any]) -> list[str]:
     return [f"... and {more} more"] if more > 0 else []
 
 
-def html_table(
-    records: Sequence[Any], columns: Sequence[Column], dimmed: Callable[[Any], bool]
-) -> str:
+def html_table(records: Sequence[Any], columns: Sequence[Column], dimmed: str) -> str:
     """Return a table as HTML.
 
     Parameters:
         records, columns: as for :func:`text_table`.
-        dimmed: returns whether to show a record in a paler color.
+        dimmed: the property that shows a record in a paler color; empty for none.
     """
     from html import escape  # slow to import, and only notebooks need it
 
@@ -2901,7 +2882,7 @@ def html_table(
 
     head = row("th", (column.heading for column, _ in shown))
     body = "".join(
-        row("td", texts, DIMMED_STYLE if dimmed(record) else "")
+        row("td", texts, DIMMED_STYLE if getattr(record, dimmed, False) else "")
         for record, *texts in zip(records[:MAX_ROWS], *(cells for _, cells in shown), strict=True)
     )
     rest = "".join(f"<p>{line}</p>" for line in _rest(records))
@@ -2914,9 +2895,7 @@ def html_card(title: str, values: Iterable[tuple[str, Any]]) -> str:
     from html import escape
 
     def shown(value: Any) -> str:
-        if isinstance(value, float):
-            value = f"{value:.6g}"
-        return escape(cell_text(str(value), 120))
+        return escape(cell_text(f"{value:.6g}" if isinstance(value, float) else value, 120))
 
     rows = "".join(
         f'<tr><th style="{TEXT_STYLE}">{shown(name)}</th>'
@@ -2944,11 +2923,7 @@ class Listing(list[Item]):
     _things: ClassVar[str] = "records"
     _columns: ClassVar[tuple[Column, ...]] = ()
     _record: ClassVar[type[Record]] = Record
-
-    @staticmethod
-    def _dimmed(record: Any) -> bool:
-        """Return whether to show a record in a paler color."""
-        return False
+    _dimmed: ClassVar[str] = ""  # the property that shows a record in a paler color
 
     @overload
     def __getitem__(self, index: SupportsIndex, /) -> Item: ...
@@ -3023,8 +2998,6 @@ class Listing(list[Item]):
         Raises:
             ImportError: pandas is not installed.
         """
-        import importlib
-
         try:
             pandas = importlib.import_module("pandas")
         except ImportError as error:
@@ -3061,11 +3034,7 @@ def _number(heading: str, name: str, digits: int) -> Column:
 
 
 def _text(heading: str, name: str, **options: Any) -> Column:
-    def text(record: Any) -> str | None:
-        value = getattr(record, name)
-        return None if value is None else str(value)
-
-    return Column(heading, text, **options)
+    return Column(heading, attrgetter(name), **options)
 
 
 class ServerList(Listing[Server]):
@@ -3089,10 +3058,7 @@ class ServerList(Listing[Server]):
         _number("down Mbps", "download_mbps", 0),
         _text("CUDA", "cuda_version", right=True),
     )
-
-    @staticmethod
-    def _dimmed(record: Any) -> bool:
-        return bool(record.rented)
+    _dimmed = "rented"
 
 
 class OrderList(Listing[Order]):
@@ -3113,10 +3079,7 @@ class OrderList(Listing[Order]):
         _text("ssh", "ssh_command", widest=60),
         _text("image", "image", widest=60),
     )
-
-    @staticmethod
-    def _dimmed(record: Any) -> bool:
-        return bool(record.has_ended)
+    _dimmed = "has_ended"
 
 
 class WalletList(Listing[Wallet]):
@@ -3346,6 +3309,7 @@ class TransferResult:
         unchanged: the number of files that ``skip_unchanged`` left out.
         sent: with ``preview``, the names of the files that would be sent; also escaped.
         deleted: the names that ``delete`` removed, or would remove with ``preview``; also escaped.
+        deletes: the unescaped names in ``deleted``; None without ``delete``.
     """
 
     def __init__(
@@ -3369,12 +3333,7 @@ class TransferResult:
         self._is_preview = sent is not None
         self.sent = list(sent or ())
         self.deleted = [printable(os.fsdecode(name)) for name in deletes or ()]
-        self._deletes = deletes
-
-    @property
-    def deletes(self) -> Sequence[bytes] | None:
-        """The unescaped names in ``deleted``; None without ``delete``."""
-        return self._deletes
+        self.deletes = deletes
 
     def __repr__(self) -> str:
         preview, count = self._is_preview, len(self.deleted)
@@ -4342,21 +4301,15 @@ class FallbackStore:
         try:
             result = self._first.apply(step, turn)
         except StoreUnavailableError as error:
-            self._fall_back(str(error))
+            if self._failed_at is None:
+                self._failed_at, self._failure = time.monotonic(), str(error)
+                text = "the rate limit is only shared %s, because %s"
+                logger.warning(text, self._second.level, self._failure)
             return self._second.apply(step, turn)
         if self._failed_at is not None:
             self._failed_at = None
             logger.info("the rate limit is shared again %s", self._first.level)
         return result
-
-    def _fall_back(self, failure: str) -> None:
-        now = time.monotonic()
-        self._next_try = now + TRY_AGAIN
-        if self._failed_at is not None:
-            return
-        self._failed_at, self._failure = now, failure
-        text = "the rate limit is only shared %s, because %s"
-        logger.warning(text, self._second.level, failure)
 
 
 def redis_server_for(rate_limiter: Any) -> RedisServer | None:
@@ -4519,9 +4472,17 @@ def redis_server(rate_limiter: Any, source: str) -> RedisServer:
             )
         return RedisServer(rate_limiter, f"{type(rate_limiter).__name__} {id(rate_limiter):x}")
     try:
-        client = _client_at(Secret(rate_limiter))
+        from redis import Redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
     except ImportError:
         raise ConfigurationError(f"{source} needs redis-py: pip install redis") from None
+    client: Any = None  # it connects on first use
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        client = Redis.from_url(
+            Secret(rate_limiter), socket_timeout=REDIS_TIMEOUT,
+            socket_connect_timeout=REDIS_TIMEOUT, retry=Retry(NoBackoff(), 0),
+        )  # fmt: skip
     if client is None:
         # The URL is not shown, as it may contain a password.
         raise ConfigurationError(
@@ -4531,28 +4492,8 @@ def redis_server(rate_limiter: Any, source: str) -> RedisServer:
     options = client.connection_pool.connection_kwargs
     place = options.get("path") or f"{options.get('host')}:{options.get('port', 6379)}"
     password = options.get("password")
-    return RedisServer(
-        client,
-        printable(f"{place}/{options.get('db') or 0}", 200),
-        (Secret(password),) if password else (),
-    )
-
-
-def _client_at(url: str) -> Any:
-    """Return a client that connects on first use; None if the URL is not valid."""
-    from redis import Redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
-    try:
-        return Redis.from_url(
-            url,
-            socket_timeout=REDIS_TIMEOUT,
-            socket_connect_timeout=REDIS_TIMEOUT,
-            retry=Retry(NoBackoff(), 0),
-        )
-    except (ValueError, TypeError, AttributeError):
-        return None
+    secrets = (Secret(password),) if password else ()
+    return RedisServer(client, printable(f"{place}/{options.get('db') or 0}", 200), secrets)
 
 
 class RedisStore:
@@ -5037,9 +4978,7 @@ class HTTPClient:
         self.timeout = check_timeout("timeout", timeout)
         self.rate_limit = check_interval("rate_limit", rate_limit)
         self.max_retries = check_count("max_retries", max_retries, minimum=1)
-        self.create_order_interval = check_number(
-            "create_order_interval", create_order_interval, unit="seconds"
-        )
+        self.create_order_interval = check_interval("create_order_interval", create_order_interval)
         self.rate_limit_wait = check_interval("rate_limit_wait", rate_limit_wait)
         self._state_folder = state_folder(check_state_dir("state_dir", state_dir))
         self._redis = redis_server_for(rate_limiter)
@@ -5401,9 +5340,8 @@ def _suggestion(name: str, method: Callable[..., Any] | None) -> str:
     import difflib  # imported here, because both are slow and rarely needed
     import inspect
 
-    own = () if method is None else inspect.signature(method).parameters
-    names = list(dict.fromkeys([*own, *_CHECKS]))
-    names = [known for known in names if known != "filters"]
+    own = {} if method is None else inspect.signature(method).parameters
+    names = [known for known in {**own, **_CHECKS} if known != "filters"]
     close = difflib.get_close_matches(name, names, 1)
     # Do not suggest max_price_per_gpu_usd for max_price: it would allow higher prices.
     if name.startswith("max_price") and "gpu" not in name and "max_price_usd" in names:
@@ -5427,14 +5365,9 @@ def _ids(name: str, values: Any) -> frozenset[int]:
     )
 
 
-def _function(name: str, value: Any) -> Any:
-    check_callback(name, value, 1)
-    return value
-
-
 def _sort(name: str, value: Any) -> Any:
     if callable(value):
-        return _function(name, value)
+        return check_callback(name, value)
     if value not in SORTS:
         kind = ValueError if isinstance(value, str) else TypeError
         raise kind(
@@ -5500,7 +5433,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "min_rating": partial(check_number, maximum=HIGHEST_RATING),
     "max_price_per_gpu_usd": partial(check_number, infinite=True, unit="USD per hour"),
     "sort": _sort,
-    "where": _function,
+    "where": check_callback,
 }
 
 
@@ -5668,20 +5601,17 @@ class MarketData:
         """True if a response of the last minutes was certainly in the documented form."""
         return time.monotonic() - self._documented_at <= RATE_MAX_AGE
 
-    def observe(self, response: dict[str, Any]) -> None:
+    def observe(self, live: bool) -> None:
         """Record that the API uses the live form, if a response shows it."""
-        if is_live(response):
-            self.observe_live()
-
-    def observe_live(self) -> None:
-        """Record that the API uses the live form."""
-        self.live = True
-        self._documented_at = -math.inf
+        if live:
+            self.live = True
+            self._documented_at = -math.inf
 
     def observe_spot(self, response: dict[str, Any]) -> None:
         """Record the form and the exchange rates of a response to ``spot_marketplace``."""
-        self.observe(response)
-        if is_live(response):
+        live = is_live(response)
+        self.observe(live)
+        if live:
             self.rates.update(part_of(response, "market", "currency_rates_in_usd"))
         elif isinstance(response.get("market"), dict) and response["market"]:
             # An empty market shows nothing about the form.
@@ -5737,13 +5667,12 @@ class Market:
         """Read the list of servers."""
         marketplace = Marketplace(self._client._read_marketplace())
         data = self.data
-        if marketplace.live:
-            data.observe_live()
+        data.observe(marketplace.live)
         data.listed = marketplace.prices
         data.rates.update(marketplace.rates, display_only=True)
         return marketplace
 
-    def listing(self, max_age: float = 0.0) -> Marketplace:
+    def listing(self, max_age: float) -> Marketplace:
         """Return the list of servers, which may have been read up to ``max_age`` seconds ago."""
         data = self.data
         if data.kept is not None and time.monotonic() - data.kept[1] <= max_age:
@@ -5752,10 +5681,6 @@ class Market:
         if max_age > 0:
             data.kept = (marketplace, time.monotonic())
         return marketplace
-
-    def search(self, search: Search, max_age: float = 0.0) -> tuple[list[Server], SearchReport]:
-        """Return the servers that a search finds, and a report on the others."""
-        return search.run(self.listing(max_age))
 
     def read_spot(self, server_id: int) -> dict[str, Any]:
         """Read the spot market of a server."""
@@ -6389,11 +6314,10 @@ class _Model:
         self.gpus_free += count * free
 
     def add_prices(self, server: Server, count: int) -> None:
-        for prices, usd in zip(
-            self.prices, (server.usd_per_hour, server.spot_usd_per_hour), strict=True
-        ):
-            if usd is not None:
-                prices.append(usd / count)
+        usd = (server.usd_per_hour, server.spot_usd_per_hour)
+        for prices, price in zip(self.prices, usd, strict=True):
+            if price is not None:
+                prices.append(price / count)
 
 
 def summarize(
@@ -6427,11 +6351,9 @@ def summarize(
 def _row(gpu: str, model: _Model, include_fees: bool) -> ModelSummary:
     numbers: list[float | None] = []
     for spot in (False, True):
-        prices = sorted(model.prices[spot])
         fee = published_fee(spot) if include_fees else 0.0
-        for share in (0.0, 0.5, 0.9):
-            price = quantile(prices, share)
-            numbers.append(None if price is None else with_fee(price, fee))
+        prices = sorted(with_fee(price, fee) for price in model.prices[spot])
+        numbers += [quantile(prices, share) for share in (0.0, 0.5, 0.9)]
     counts = (model.servers, model.servers_free, model.gpus, model.gpus_free)
     return ModelSummary(gpu, *counts, *numbers)
 
@@ -6441,9 +6363,8 @@ def quantile(ordered: list[float], share: float) -> float | None:
     if not ordered:
         return None
     place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+    below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return below + (above - below) * (place % 1)
 
 
 class CostEstimate(NamedTuple):
@@ -6509,8 +6430,9 @@ def account_fees(
     """
     kind = "spot" if spot else "on_demand"
     percent = finite(part_of(response, "renter_fees", kind, "base", currency))
-    valid = percent is not None and 0 <= percent <= HIGHEST_PERCENT
-    fraction = percent / 100 if valid and percent is not None else published_fee(spot)
+    fraction = published_fee(spot)
+    if percent is not None and 0 <= percent <= HIGHEST_PERCENT:
+        fraction = percent / 100
     amount = finite(part_of(response, "creation_fees", kind, currency))
     if amount is None or amount < 0 or rate is None:
         return fraction, CREATION_FEE
@@ -6926,7 +6848,7 @@ class AccountOrders:
                 -1, "the response has no list of orders", response, endpoint="/v1/my_orders"
             )
         data = self.market.data
-        data.observe(response)
+        data.observe(is_live(response))
         orders = to_orders(response, self.cancelled, data.rates)
         self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
         self._record_ended({o.id for o in orders if o.id is not None and o.has_ended})
@@ -8365,7 +8287,7 @@ def candidates(
 
     The best come first, and hosts that failed in the last day come last.
     """
-    found, report = market.search(settings.search)
+    found, report = settings.search.run(market.read())
     if not found:
         server_id = settings.search.server_id
         why = report.explain() if server_id is None else _missing(server_id, report)
@@ -17600,7 +17522,7 @@ class CloreClient(HTTPClient):
             gpu_type, max_price_usd, min_reliability, use_spot, filters, method=self.find_servers
         )
         check_number("cache_seconds", cache_seconds, unit="seconds")
-        found, report = self._market.search(search, cache_seconds)
+        found, report = search.run(self._market.listing(cache_seconds))
         servers = ServerList(found)
         servers.report = report
         return servers

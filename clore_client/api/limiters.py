@@ -175,21 +175,15 @@ class FallbackStore:
         try:
             result = self._first.apply(step, turn)
         except StoreUnavailableError as error:
-            self._fall_back(str(error))
+            if self._failed_at is None:
+                self._failed_at, self._failure = time.monotonic(), str(error)
+                text = "the rate limit is only shared %s, because %s"
+                logger.warning(text, self._second.level, self._failure)
             return self._second.apply(step, turn)
         if self._failed_at is not None:
             self._failed_at = None
             logger.info("the rate limit is shared again %s", self._first.level)
         return result
-
-    def _fall_back(self, failure: str) -> None:
-        now = time.monotonic()
-        self._next_try = now + TRY_AGAIN
-        if self._failed_at is not None:
-            return
-        self._failed_at, self._failure = now, failure
-        text = "the rate limit is only shared %s, because %s"
-        logger.warning(text, self._second.level, failure)
 
 
 def redis_server_for(rate_limiter: Any) -> RedisServer | None:

@@ -122,9 +122,8 @@ def _suggestion(name: str, method: Callable[..., Any] | None) -> str:
     import difflib  # imported here, because both are slow and rarely needed
     import inspect
 
-    own = () if method is None else inspect.signature(method).parameters
-    names = list(dict.fromkeys([*own, *_CHECKS]))
-    names = [known for known in names if known != "filters"]
+    own = {} if method is None else inspect.signature(method).parameters
+    names = [known for known in {**own, **_CHECKS} if known != "filters"]
     close = difflib.get_close_matches(name, names, 1)
     # Do not suggest max_price_per_gpu_usd for max_price: it would allow higher prices.
     if name.startswith("max_price") and "gpu" not in name and "max_price_usd" in names:
@@ -148,14 +147,9 @@ def _ids(name: str, values: Any) -> frozenset[int]:
     )
 
 
-def _function(name: str, value: Any) -> Any:
-    check_callback(name, value, 1)
-    return value
-
-
 def _sort(name: str, value: Any) -> Any:
     if callable(value):
-        return _function(name, value)
+        return check_callback(name, value)
     if value not in SORTS:
         kind = ValueError if isinstance(value, str) else TypeError
         raise kind(
@@ -221,7 +215,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "min_rating": partial(check_number, maximum=HIGHEST_RATING),
     "max_price_per_gpu_usd": partial(check_number, infinite=True, unit="USD per hour"),
     "sort": _sort,
-    "where": _function,
+    "where": check_callback,
 }
 
 

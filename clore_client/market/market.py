@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from clore_client.api.request import limited
 from clore_client.config import canonical_url, locked_path, read_state_file, replace_file
@@ -16,9 +16,6 @@ from clore_client.log import logger
 from clore_client.models.record import is_live, part_of
 from clore_client.models.server import Marketplace, Server
 from clore_client.pricing import RATE_MAX_AGE, ExchangeRates, bid_per_day, finite, positive
-
-if TYPE_CHECKING:
-    from clore_client.market.search import Search, SearchReport
 
 # A bid above this is probably a price per day, which is 24 times too high.
 MAX_TIMES_ON_DEMAND = 10.0
@@ -69,20 +66,17 @@ class MarketData:
         """True if a response of the last minutes was certainly in the documented form."""
         return time.monotonic() - self._documented_at <= RATE_MAX_AGE
 
-    def observe(self, response: dict[str, Any]) -> None:
+    def observe(self, live: bool) -> None:
         """Record that the API uses the live form, if a response shows it."""
-        if is_live(response):
-            self.observe_live()
-
-    def observe_live(self) -> None:
-        """Record that the API uses the live form."""
-        self.live = True
-        self._documented_at = -math.inf
+        if live:
+            self.live = True
+            self._documented_at = -math.inf
 
     def observe_spot(self, response: dict[str, Any]) -> None:
         """Record the form and the exchange rates of a response to ``spot_marketplace``."""
-        self.observe(response)
-        if is_live(response):
+        live = is_live(response)
+        self.observe(live)
+        if live:
             self.rates.update(part_of(response, "market", "currency_rates_in_usd"))
         elif isinstance(response.get("market"), dict) and response["market"]:
             # An empty market shows nothing about the form.
@@ -138,13 +132,12 @@ class Market:
         """Read the list of servers."""
         marketplace = Marketplace(self._client._read_marketplace())
         data = self.data
-        if marketplace.live:
-            data.observe_live()
+        data.observe(marketplace.live)
         data.listed = marketplace.prices
         data.rates.update(marketplace.rates, display_only=True)
         return marketplace
 
-    def listing(self, max_age: float = 0.0) -> Marketplace:
+    def listing(self, max_age: float) -> Marketplace:
         """Return the list of servers, which may have been read up to ``max_age`` seconds ago."""
         data = self.data
         if data.kept is not None and time.monotonic() - data.kept[1] <= max_age:
@@ -153,10 +146,6 @@ class Market:
         if max_age > 0:
             data.kept = (marketplace, time.monotonic())
         return marketplace
-
-    def search(self, search: Search, max_age: float = 0.0) -> tuple[list[Server], SearchReport]:
-        """Return the servers that a search finds, and a report on the others."""
-        return search.run(self.listing(max_age))
 
     def read_spot(self, server_id: int) -> dict[str, Any]:
         """Read the spot market of a server."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,11 +47,10 @@ class _Model:
         self.gpus_free += count * free
 
     def add_prices(self, server: Server, count: int) -> None:
-        for prices, usd in zip(
-            self.prices, (server.usd_per_hour, server.spot_usd_per_hour), strict=True
-        ):
-            if usd is not None:
-                prices.append(usd / count)
+        usd = (server.usd_per_hour, server.spot_usd_per_hour)
+        for prices, price in zip(self.prices, usd, strict=True):
+            if price is not None:
+                prices.append(price / count)
 
 
 def summarize(
@@ -84,11 +84,9 @@ def summarize(
 def _row(gpu: str, model: _Model, include_fees: bool) -> ModelSummary:
     numbers: list[float | None] = []
     for spot in (False, True):
-        prices = sorted(model.prices[spot])
         fee = published_fee(spot) if include_fees else 0.0
-        for share in (0.0, 0.5, 0.9):
-            price = quantile(prices, share)
-            numbers.append(None if price is None else with_fee(price, fee))
+        prices = sorted(with_fee(price, fee) for price in model.prices[spot])
+        numbers += [quantile(prices, share) for share in (0.0, 0.5, 0.9)]
     counts = (model.servers, model.servers_free, model.gpus, model.gpus_free)
     return ModelSummary(gpu, *counts, *numbers)
 
@@ -98,9 +96,8 @@ def quantile(ordered: list[float], share: float) -> float | None:
     if not ordered:
         return None
     place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+    below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return below + (above - below) * (place % 1)
 
 
 class CostEstimate(NamedTuple):
@@ -166,8 +163,9 @@ def account_fees(
     """
     kind = "spot" if spot else "on_demand"
     percent = finite(part_of(response, "renter_fees", kind, "base", currency))
-    valid = percent is not None and 0 <= percent <= HIGHEST_PERCENT
-    fraction = percent / 100 if valid and percent is not None else published_fee(spot)
+    fraction = published_fee(spot)
+    if percent is not None and 0 <= percent <= HIGHEST_PERCENT:
+        fraction = percent / 100
     amount = finite(part_of(response, "creation_fees", kind, currency))
     if amount is None or amount < 0 or rate is None:
         return fraction, CREATION_FEE

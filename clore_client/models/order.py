@@ -64,8 +64,7 @@ class Order(GPURecord):
     unexpected type.
     """
 
-    _live: bool
-    _rates: ExchangeRates
+    _live: bool | None = None
     FIELDS = ("id", "server_id", "status", "gpu_name", "gpu_count", "price", "currency",
               "usd_per_hour", "cost_usd", "is_spot", "started_at", "image",
               "ssh_command")  # fmt: skip
@@ -151,7 +150,7 @@ class Order(GPURecord):
         """
         if "body" in self:  # a preview
             return finite(self.get("usd_per_hour"))
-        return self._exchange_rates().usd(self.get("price"), self.get("currency"))
+        return self._rates.usd(self.get("price"), self.get("currency"))
 
     @property
     def cost_usd(self) -> float | None:
@@ -160,7 +159,7 @@ class Order(GPURecord):
         The live API says what was spent. Without that, it is the price for the time since the
         start, and only known while the order is active.
         """
-        hourly, rate = finite(self.get("price")), self._exchange_rates().rate(self.get("currency"))
+        hourly, rate = finite(self.get("price")), self._rates.rate(self.get("currency"))
         spent = finite(self.get("spend"))
         if rate is None or hourly is None or hourly <= 0:
             return None
@@ -177,11 +176,9 @@ class Order(GPURecord):
     def fee_rate(self) -> float:
         """The renter's fee as a fraction of the price; the published one if it is not stated."""
         stated = finite(self.get("fee"))
-        valid = stated is not None and 0 <= stated <= 1
-        return stated if valid and stated is not None else published_fee(self.is_spot is True)
-
-    def _exchange_rates(self) -> ExchangeRates:
-        return getattr(self, "_rates", None) or ExchangeRates()
+        if stated is not None and 0 <= stated <= 1:
+            return stated
+        return published_fee(self.is_spot is True)
 
     @property
     def body(self) -> dict[str, Any] | None:
@@ -192,7 +189,7 @@ class Order(GPURecord):
     @property
     def is_live(self) -> bool | None:
         """True if it came in the live form; None if it did not come from the API."""
-        return getattr(self, "_live", None)
+        return self._live
 
     def _summary(self) -> dict[str, Any]:
         if self.body is None:

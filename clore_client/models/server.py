@@ -66,12 +66,11 @@ def is_mixed(record: dict[str, Any]) -> bool:
     return len(set(gpu_names(record))) > 1
 
 
-def gpu_label(record: dict[str, Any]) -> str | None:
-    """Return the count and name of the GPUs of a server or an order, or None."""
-    names = gpu_names(record)
-    if is_mixed(record):
-        return " + ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
-    return f"{count_gpus(record)}x {names[0]}" if names else None
+def _exchange_rate(price: Any, currency: str) -> float | None:
+    """Return USD for one unit of ``currency``, by an on-demand price in both; None if unknown."""
+    amount = positive(part_of(price, "on_demand", currency))
+    in_usd = positive(part_of(price, "usd", _USD_FIELDS.get(currency, "")))
+    return in_usd / amount if amount and in_usd else None
 
 
 def _live_spot_per_day(price: dict[str, Any]) -> float | None:
@@ -79,8 +78,7 @@ def _live_spot_per_day(price: dict[str, Any]) -> float | None:
 
     ``price.usd.spot`` is often 0, which means that it is in another field (seen on the live API).
     """
-    usd = price.get("usd")
-    if stated := positive(part_of(usd, "spot")):
+    if stated := positive(part_of(price, "usd", "spot")):
         return stated
     original = price.get("original_usd")
     if isinstance(original, dict):
@@ -88,15 +86,12 @@ def _live_spot_per_day(price: dict[str, Any]) -> float | None:
         others = [p for c in original if (p := positive(part_of(original, c, "spot")))]
         if clore or others:
             return clore or min(others)
-    spot, on_demand = price.get("spot"), price.get("on_demand")
-    if stated := positive(part_of(spot, "USD-Blockchain")):
+    if stated := positive(part_of(price, "spot", "USD-Blockchain")):
         return stated
-    for currency, usd_field in _USD_FIELDS.items():
-        # The on-demand price of the server in both currencies gives the exchange rate.
-        amount = positive(part_of(spot, currency))
-        same, in_usd = positive(part_of(on_demand, currency)), positive(part_of(usd, usd_field))
-        if amount and same and in_usd:
-            return amount * in_usd / same
+    for currency in _USD_FIELDS:
+        amount, rate = positive(part_of(price, "spot", currency)), _exchange_rate(price, currency)
+        if amount and rate:
+            return amount * rate
     return None
 
 
@@ -134,9 +129,8 @@ def listed_rate(server: Server, currency: str) -> float | None:
     """Return USD for one unit of ``currency``, by the prices of one server; None if unknown."""
     if currency == "USD-Blockchain":
         return 1.0
-    amount = amount_per_hour(server, currency)
-    in_usd = positive(part_of(server, "price", "usd", _USD_FIELDS.get(currency, "")))
-    return in_usd / amount if amount and in_usd else None
+    rate = _exchange_rate(server.price, currency)
+    return rate and rate * HOURS_PER_DAY  # the price in USD is per hour, the other one per day
 
 
 def accepts(record: dict[str, Any], live: bool, currency: str) -> bool:
@@ -187,7 +181,10 @@ class GPURecord(Record):
     @property
     def gpu(self) -> str | None:
         """The count and name of its GPUs, such as ``"2x RTX 4090"``; of several models, all."""
-        return gpu_label(self)
+        names = gpu_names(self)
+        if is_mixed(self):
+            return " + ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
+        return f"{count_gpus(self)}x {names[0]}" if names else None
 
     @property
     def gpu_name(self) -> str | None:
@@ -410,11 +407,9 @@ class Marketplace:
             return
         self.prices[server_id] = usd
         if self.live and len(self.rates) < len(_USD_FIELDS):
-            for currency, usd_field in _USD_FIELDS.items():
-                amount = positive(part_of(record, "price", "on_demand", currency))
-                in_usd = positive(part_of(record, "price", "usd", usd_field))
-                if amount and in_usd:
-                    self.rates[currency] = in_usd / amount
+            for currency in _USD_FIELDS:
+                if rate := _exchange_rate(record["price"], currency):
+                    self.rates[currency] = rate
 
     def servers(self, *, include_rented: bool = False) -> list[Server]:
         """Return the servers in the documented form, in the API's order."""
