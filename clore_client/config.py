@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from clore_client.errors import ConfigurationError, Secret, printable
+from clore_client.errors import AuthenticationError, ConfigurationError, Secret, printable
 from clore_client.log import warn_once
 from clore_client.validation import check_local_path, check_type
 
@@ -86,14 +86,11 @@ def key_ending(key: object) -> str:
 def _key_in_file() -> str | None:
     try:
         path = Path(CONFIG_FILE).expanduser()
-        text = path.read_text(encoding="utf-8")
-        mode = path.stat().st_mode
+        text, mode = path.read_bytes(), path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, RuntimeError):  # RuntimeError: no home directory
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            f"{CONFIG_FILE} can't be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
-        ) from None
+    except OSError as error:
+        raise ConfigurationError(f"{CONFIG_FILE} can't be read: {error.strerror}") from None
     try:
         config = json.loads(text)
     except (ValueError, RecursionError):
@@ -105,9 +102,7 @@ def _key_in_file() -> str | None:
         return None
     key = clean_key(config["api_key"], CONFIG_FILE)
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        warn_once(
-            f"{path} contains your API key, and other users can read it: run chmod 600 {path}"
-        )
+        warn_once(f"{path} has your API key, and other users can read it: run chmod 600 {path}")
     return key or None
 
 
@@ -119,14 +114,10 @@ def check_base_url(url: object, name: str) -> str:
         name: the argument or variable that has it, for the error.
     """
     if not isinstance(url, str):
-        raise TypeError(
-            f"{name} must be a string like 'https://api.clore.ai', not {type(url).__name__}"
-        )
+        raise TypeError(f"{name} must be a string, not {type(url).__name__}")
     if problem := _url_problem(url):
         # The URL is not shown, as it may contain a key.
-        raise ConfigurationError(
-            f"{name} must be a URL like https://api.clore.ai: this one {problem}"
-        )
+        raise ConfigurationError(f"{name} must be a URL like https://api.clore.ai: it {problem}")
     return url.rstrip("/")
 
 
@@ -162,6 +153,22 @@ def check_key_may_go_to(base_url: str) -> None:
             f"base_url is not https (its host is {host}), so others could read the API key, and "
             "nothing was sent: use an https URL"
         )
+
+
+def check_key_header(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:
+    """Return the key of a request, after a check that it is set and the URL is safe for it."""
+    key: str = headers.get("auth") or ""
+    if key:
+        key = headers["auth"] = clean_key(key, "the headers")
+        check_key_may_go_to(base_url)
+    elif needed:
+        raise AuthenticationError(
+            3,
+            endpoint=endpoint,
+            hint=f"there is no API key, so nothing was sent: pass api_key=..., set {KEY_VARIABLE}, "
+            f"or put the key into {CONFIG_FILE}",
+        )
+    return key
 
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}

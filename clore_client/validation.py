@@ -20,7 +20,6 @@ _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEADER_VALUE = r"(?!\s)[\t\x20-\x7e\x80-\xff]*"
 LONGEST_INTERVAL = 86_400.0  # seconds
 LONGEST_TIMEOUT = 1e9
-MAX_ID_DIGITS = 18
 MAX_PATH = 4095  # bytes of a local path
 MAX_PATH_PART = 255  # bytes of one name in it
 MAX_PASSWORD = 32
@@ -61,11 +60,8 @@ def check_id(name: str, value: Any) -> int:
     if isinstance(value, Mapping):
         raise TypeError(f"{name} must be a positive integer, not the whole record: pass its .id")
     check_type(name, value, "a positive integer", int, str)
-    if isinstance(value, str) or not 1 <= value < 10**MAX_ID_DIGITS:
-        raise ValueError(
-            f"{name} must be a positive integer of at most {MAX_ID_DIGITS} digits, "
-            f"not {short_repr(value)}"
-        )
+    if isinstance(value, str) or not 1 <= value < 10**18:
+        raise ValueError(f"{name} must be a positive integer below 10**18, not {short_repr(value)}")
     return int(value)
 
 
@@ -74,10 +70,7 @@ def check_order_id(name: str, value: Any) -> int:
     if not isinstance(value, Mapping):
         return check_id(name, value)
     if value.get("order_id") is None:
-        raise TypeError(
-            f"{name} must be an order or its number, and this record has no order_id: "
-            f"{short_repr(value)}"
-        )
+        raise TypeError(f"{name} is no order, as it has no order_id: {short_repr(value)}")
     return check_id(f"{name}['order_id']", value["order_id"])
 
 
@@ -262,9 +255,7 @@ def check_ports(name: str, value: Any) -> dict[str, str]:
         if not re.fullmatch(r"[0-9]{1,5}", digits) or not 1 <= int(digits) <= 65535:
             raise ValueError(f"{name}: a port must be 1 to 65535, not {short_repr(port)}")
         if protocol not in ("tcp", "http"):
-            raise ValueError(
-                f"{name}[{port!r}] must be 'tcp' or 'http', not {short_repr(protocol)}"
-            )
+            raise ValueError(f"{name}[{port!r}] must be tcp or http, not {short_repr(protocol)}")
         ports[str(int(digits))] = protocol
     return ports
 
@@ -282,10 +273,8 @@ def check_env(name: str, value: Any) -> dict[str, str]:
         if not isinstance(text, str):
             raise TypeError(f"{name}[{variable!r}] must be a string, not {type(text).__name__}")
         if len(text) > MAX_ENV_VALUE:
-            raise ValueError(
-                f"{name}[{variable!r}] must have at most {MAX_ENV_VALUE} characters, not "
-                f"{len(text)}"
-            )
+            size = f"{len(text)} characters, and {MAX_ENV_VALUE} are allowed"
+            raise ValueError(f"{name}[{variable!r}] has {size}")
         if re.search(_REFUSED_CHARACTERS, text):
             logger.warning(
                 "%s[%r] contains '&', a typographic quote or an emoji, which the live API can "

@@ -128,6 +128,7 @@ import collections
 import contextlib
 import contextvars
 import copy
+import copyreg
 import email.utils
 import fnmatch
 import functools
@@ -336,9 +337,7 @@ def printable(text: str, limit: int = 2000) -> str:
     cut = text if len(text) <= limit else text[:limit] + "..."
     if cut.isprintable():
         return cut
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 def masked(value: Any, depth: int = 20) -> Any:
@@ -402,7 +401,9 @@ class CloreError(Exception):
         self.__dict__.update(details)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_restored, (type(self), self.args, self.__dict__))
+        # Without the arguments of the class, which differ by subclass.
+        state = {**self.__dict__, "args": self.args}
+        return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
 
 
 def add_note(error: BaseException, note: str) -> None:
@@ -411,13 +412,6 @@ def add_note(error: BaseException, note: str) -> None:
         error.add_note(note)
     else:  # Python 3.10
         error.__notes__ = [*getattr(error, "__notes__", []), note]  # type: ignore[attr-defined,unused-ignore]
-
-
-def _restored(cls: type[CloreError], args: tuple[Any, ...], state: dict[str, Any]) -> CloreError:
-    error = cls.__new__(cls)
-    Exception.__init__(error, *args)
-    error.__dict__.update(state)
-    return error
 
 
 class ConfigurationError(CloreError, ValueError):
@@ -462,8 +456,8 @@ class OrderOutcomeUnknownError(OutcomeUnknownError):
         super().__init__(message, **{"credentials": {}, **details})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        restore, (cls, args, state) = super().__reduce__()
-        return restore, (cls, args, {**state, "credentials": {}})
+        make, arguments, state = super().__reduce__()
+        return make, arguments, {**state, "credentials": {}}
 
 
 class OrderNotFoundError(CloreError):
@@ -611,11 +605,9 @@ class CloreAPIError(CloreError):
         self.hint = hint
         if retryable is not None:
             self.retryable = retryable
-        text = self.error or ERROR_CODES.get(code) or f"Unknown error (code {code})"
-        envelope = redact(repr(masked(self.response)), secrets)
-        super().__init__(
-            f"Clore API Error {code}: {printable(text)} | response={printable(envelope)}"
-        )
+        text = printable(self.error or ERROR_CODES.get(code) or f"Unknown error (code {code})")
+        envelope = printable(redact(repr(masked(self.response)), secrets))
+        super().__init__(f"Clore API Error {code}: {text} | response={envelope}")
         if hint:
             self.add_hint(hint)
 
@@ -796,10 +788,8 @@ class CommandTimeoutError(SSHError, TimeoutError):
     """
 
     def __init__(self, command: str, timeout: float, stdout: str = "", stderr: str = "") -> None:
-        super().__init__(
-            f"{printable(command, 200)} did not end within {timeout:g}s, and was stopped"
-            f"{_tail(stderr)}"
-        )
+        text = f"{printable(command, 200)} did not end within {timeout:g}s, and was stopped"
+        super().__init__(text + _tail(stderr))
         self.command = command
         self.timeout = timeout
         self.stdout = stdout
@@ -995,7 +985,6 @@ _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEADER_VALUE = r"(?!\s)[\t\x20-\x7e\x80-\xff]*"
 LONGEST_INTERVAL = 86_400.0  # seconds
 LONGEST_TIMEOUT = 1e9
-MAX_ID_DIGITS = 18
 MAX_PATH = 4095  # bytes of a local path
 MAX_PATH_PART = 255  # bytes of one name in it
 MAX_PASSWORD = 32
@@ -1036,11 +1025,8 @@ def check_id(name: str, value: Any) -> int:
     if isinstance(value, Mapping):
         raise TypeError(f"{name} must be a positive integer, not the whole record: pass its .id")
     check_type(name, value, "a positive integer", int, str)
-    if isinstance(value, str) or not 1 <= value < 10**MAX_ID_DIGITS:
-        raise ValueError(
-            f"{name} must be a positive integer of at most {MAX_ID_DIGITS} digits, "
-            f"not {short_repr(value)}"
-        )
+    if isinstance(value, str) or not 1 <= value < 10**18:
+        raise ValueError(f"{name} must be a positive integer below 10**18, not {short_repr(value)}")
     return int(value)
 
 
@@ -1049,10 +1035,7 @@ def check_order_id(name: str, value: Any) -> int:
     if not isinstance(value, Mapping):
         return check_id(name, value)
     if value.get("order_id") is None:
-        raise TypeError(
-            f"{name} must be an order or its number, and this record has no order_id: "
-            f"{short_repr(value)}"
-        )
+        raise TypeError(f"{name} is no order, as it has no order_id: {short_repr(value)}")
     return check_id(f"{name}['order_id']", value["order_id"])
 
 
@@ -1237,9 +1220,7 @@ def check_ports(name: str, value: Any) -> dict[str, str]:
         if not re.fullmatch(r"[0-9]{1,5}", digits) or not 1 <= int(digits) <= 65535:
             raise ValueError(f"{name}: a port must be 1 to 65535, not {short_repr(port)}")
         if protocol not in ("tcp", "http"):
-            raise ValueError(
-                f"{name}[{port!r}] must be 'tcp' or 'http', not {short_repr(protocol)}"
-            )
+            raise ValueError(f"{name}[{port!r}] must be tcp or http, not {short_repr(protocol)}")
         ports[str(int(digits))] = protocol
     return ports
 
@@ -1257,10 +1238,8 @@ def check_env(name: str, value: Any) -> dict[str, str]:
         if not isinstance(text, str):
             raise TypeError(f"{name}[{variable!r}] must be a string, not {type(text).__name__}")
         if len(text) > MAX_ENV_VALUE:
-            raise ValueError(
-                f"{name}[{variable!r}] must have at most {MAX_ENV_VALUE} characters, not "
-                f"{len(text)}"
-            )
+            size = f"{len(text)} characters, and {MAX_ENV_VALUE} are allowed"
+            raise ValueError(f"{name}[{variable!r}] has {size}")
         if re.search(_REFUSED_CHARACTERS, text):
             logger.warning(
                 "%s[%r] contains '&', a typographic quote or an emoji, which the live API can "
@@ -1510,14 +1489,11 @@ def key_ending(key: object) -> str:
 def _key_in_file() -> str | None:
     try:
         path = Path(CONFIG_FILE).expanduser()
-        text = path.read_text(encoding="utf-8")
-        mode = path.stat().st_mode
+        text, mode = path.read_bytes(), path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, RuntimeError):  # RuntimeError: no home directory
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            f"{CONFIG_FILE} can't be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
-        ) from None
+    except OSError as error:
+        raise ConfigurationError(f"{CONFIG_FILE} can't be read: {error.strerror}") from None
     try:
         config = json.loads(text)
     except (ValueError, RecursionError):
@@ -1529,9 +1505,7 @@ def _key_in_file() -> str | None:
         return None
     key = clean_key(config["api_key"], CONFIG_FILE)
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        warn_once(
-            f"{path} contains your API key, and other users can read it: run chmod 600 {path}"
-        )
+        warn_once(f"{path} has your API key, and other users can read it: run chmod 600 {path}")
     return key or None
 
 
@@ -1543,14 +1517,10 @@ def check_base_url(url: object, name: str) -> str:
         name: the argument or variable that has it, for the error.
     """
     if not isinstance(url, str):
-        raise TypeError(
-            f"{name} must be a string like 'https://api.clore.ai', not {type(url).__name__}"
-        )
+        raise TypeError(f"{name} must be a string, not {type(url).__name__}")
     if problem := _url_problem(url):
         # The URL is not shown, as it may contain a key.
-        raise ConfigurationError(
-            f"{name} must be a URL like https://api.clore.ai: this one {problem}"
-        )
+        raise ConfigurationError(f"{name} must be a URL like https://api.clore.ai: it {problem}")
     return url.rstrip("/")
 
 
@@ -1586,6 +1556,22 @@ def check_key_may_go_to(base_url: str) -> None:
             f"base_url is not https (its host is {host}), so others could read the API key, and "
             "nothing was sent: use an https URL"
         )
+
+
+def check_key_header(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:
+    """Return the key of a request, after a check that it is set and the URL is safe for it."""
+    key: str = headers.get("auth") or ""
+    if key:
+        key = headers["auth"] = clean_key(key, "the headers")
+        check_key_may_go_to(base_url)
+    elif needed:
+        raise AuthenticationError(
+            3,
+            endpoint=endpoint,
+            hint=f"there is no API key, so nothing was sent: pass api_key=..., set {KEY_VARIABLE}, "
+            f"or put the key into {CONFIG_FILE}",
+        )
+    return key
 
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -2632,11 +2618,8 @@ class Order(GPURecord):
 
     def _card(self) -> dict[str, Any]:
         started = utc_time(self.started_at)
-        return {
-            **super()._card(),
-            "started_at": started and f"{started} UTC",
-            "body": masked(self.body),
-        }
+        own = {"started_at": started and f"{started} UTC", "body": masked(self.body)}
+        return {**super()._card(), **own}
 
 
 def _live_host(record: dict[str, Any]) -> str:
@@ -2732,9 +2715,8 @@ def to_orders(
 
 def in_documented_form(order: Order) -> bool:
     """Return whether an order has a field that only the documented form has."""
-    return order.is_live is False and any(
-        name in order.wire for name in ("status", "connection", "renting_server")
-    )
+    names = {"status", "connection", "renting_server"}
+    return order.is_live is False and not names.isdisjoint(order.wire)
 
 
 def created_id(response: dict[str, Any]) -> int | None:
@@ -3468,7 +3450,7 @@ class Call:
         all_headers = CaseInsensitiveDict(check_headers("headers", headers))
         if given_headers := options.pop("headers", None):
             all_headers.update(check_headers("headers", given_headers))
-        self.key = _check_key(all_headers, base_url, endpoint, self.rules.needs_key)
+        self.key = check_key_header(all_headers, base_url, endpoint, self.rules.needs_key)
         timeout = check_timeout("timeout", options.pop("timeout", timeout))
         verify, cert = options.pop("verify", None), options.pop("cert", None)
         options.pop("stream", None)
@@ -3554,22 +3536,6 @@ def _prepare_request(
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"json, params or another argument can't be sent: {error}") from None
-
-
-def _check_key(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:
-    """Return the key of a request, after a check that it is set and the URL is safe for it."""
-    key: str = headers.get("auth") or ""
-    if key:
-        key = headers["auth"] = clean_key(key, "the headers")
-        check_key_may_go_to(base_url)
-    elif needed:
-        raise AuthenticationError(
-            3,
-            endpoint=endpoint,
-            hint=f"there is no API key, so nothing was sent: pass api_key=..., set {KEY_VARIABLE}, "
-            f"or put the key into {CONFIG_FILE}",
-        )
-    return key
 
 
 # ==================================================================================================
@@ -3753,7 +3719,6 @@ class Sessions:
     def _forget(self) -> None:
         self._pid = os.getpid()
         self._for_reads: collections.deque[Session] = collections.deque()  # kept alive
-        self._for_changes: collections.deque[Session] = collections.deque()  # not connected
 
     def take(self, reads: bool) -> Session:
         """Return a session for one request.
@@ -3765,22 +3730,21 @@ class Sessions:
         if self._pid != os.getpid():
             self._forget()  # after a fork, two processes must not use one connection
         try:
-            return (self._for_reads if reads else self._for_changes).pop()
+            return self._for_reads.pop() if reads else Session(self._user_agent)
         except IndexError:
             return Session(self._user_agent)
 
-    def put_back(self, session: Session, reads: bool) -> None:
-        """Keep a session for another request."""
-        (self._for_reads if reads else self._for_changes).append(session)
+    def put_back(self, session: Session) -> None:
+        """Keep a session of a request that only reads for another one."""
+        self._for_reads.append(session)
 
     def close(self) -> None:
         """Close the connections that are not in use."""
         if self._pid != os.getpid():
             return
-        for sessions in (self._for_reads, self._for_changes):
-            with contextlib.suppress(IndexError):  # empty
-                while True:
-                    sessions.pop().close()
+        with contextlib.suppress(IndexError):  # empty
+            while True:
+                self._for_reads.pop().close()
 
 
 class UnusableResponseError(Exception):
@@ -3972,8 +3936,14 @@ class Schedule:
     def poll(self, turn: Turn, now: float) -> PollResult:
         """Grant a send time, or return when to poll again."""
         self._correct(now)
-        own = self._own_ready(turn)
-        ready = self._ready(turn, own)
+        own = turn.not_before
+        if turn.spacing is not None:
+            name, seconds = turn.spacing
+            last, its_seconds = self.spaced.get(name, (-math.inf, 0.0))
+            own = max(own, last + max(seconds, its_seconds))
+        if not turn.urgent:
+            own = max(own, self.paused_until)
+        ready = max(own, self.last + max(self.interval, turn.interval) + turn.rank * self.gap)
         paused = 0.0 if turn.urgent else self.paused_until - now
         if self.waiting:
             self.waiting = {i: entry for i, entry in self.waiting.items() if entry[3] > now}
@@ -4019,17 +3989,6 @@ class Schedule:
         self.paused_until = min(self.paused_until, now + PACE["longest_pause"])
         for entry in self.spaced.values():
             entry[0] = min(entry[0], now + entry[1])
-
-    def _own_ready(self, turn: Turn) -> float:
-        ready = turn.not_before
-        if turn.spacing is not None:
-            name, seconds = turn.spacing
-            last, its_seconds = self.spaced.get(name, (-math.inf, 0.0))
-            ready = max(ready, last + max(seconds, its_seconds))
-        return ready if turn.urgent else max(ready, self.paused_until)
-
-    def _ready(self, turn: Turn, own: float) -> float:
-        return max(own, self.last + max(self.interval, turn.interval) + turn.rank * self.gap)
 
     def _record(self, turn: Turn, at: float) -> None:
         self.last, self.interval = at, turn.interval
@@ -4926,13 +4885,9 @@ def limited(
     """
     outer = _limits.get()
     limits = Limits(min(deadline, outer.deadline), urgent or outer.urgent, once or outer.once)
-
-    def run() -> Returned:
-        _limits.set(limits)
-        return call()
-
-    # In a copy of the context, an interrupt can't leave the limits set.
-    return contextvars.copy_context().run(run)
+    context = contextvars.copy_context()  # so that an interrupt can't leave the limits set
+    context.run(_limits.set, limits)
+    return context.run(call)
 
 
 def _user_agent(addition: str | None) -> str:
@@ -5109,16 +5064,11 @@ class HTTPClient:
     def _make(self, call: Call) -> Envelope:
         """Make an API call, with rate limit and retries."""
         limiter = self._limiter(call.base_url, call.key)
-        interval = self.create_order_interval
-        turn = Turn(
-            self.rate_limit,
-            urgent=call.urgent,
-            spacing=(call.name, interval) if call.rules.spaced else None,
-        )
+        spacing = (call.name, self.create_order_interval) if call.rules.spaced else None
+        turn = Turn(self.rate_limit, urgent=call.urgent, spacing=spacing)
         once = _limits.get().once
-        retries = Retries(
-            call, 1 if once else self.max_retries, 0.0 if once else self.rate_limit_wait
-        )
+        sends, patience = (1, 0.0) if once else (self.max_retries, self.rate_limit_wait)
+        retries = Retries(call, sends, patience)
         while True:
             turn.patience = retries.patience_left
             try:
@@ -5149,7 +5099,7 @@ class HTTPClient:
             session, method, endpoint, params, json, options, base_url=self.base_url,
             headers=self.headers, timeout=self.timeout, urgent=_limits.get().urgent,
         )  # fmt: skip
-        self._sessions.put_back(session, reads=True)
+        self._sessions.put_back(session)
         return call
 
     def _delay(self, failure: Failure, retries: Retries, limiter: RateLimiter, turn: Turn) -> float:
@@ -5196,7 +5146,8 @@ class HTTPClient:
             outcome = self._classify(call, response, body, started_at)
         if isinstance(outcome, Failure) and response is not None:
             response.close()
-        self._sessions.put_back(session, call.reads)
+        if call.reads:
+            self._sessions.put_back(session)
         return outcome
 
     def _classify(
@@ -5327,9 +5278,7 @@ def check_filters(
             del checked[name]  # no limit
     exactly, least = checked.get("gpu_count"), checked.get("min_gpu_count")
     if exactly is not None and least is not None and exactly < least:
-        raise ValueError(
-            f"gpu_count={exactly} contradicts min_gpu_count={least}: leave one of them out"
-        )
+        raise ValueError(f"gpu_count={exactly} contradicts min_gpu_count={least}: leave one out")
     allowed = checked.get("countries")
     if allowed is not None and not allowed - checked.get("exclude_countries", frozenset()):
         raise ValueError("countries must have a country that exclude_countries does not name")
@@ -5950,9 +5899,7 @@ class Search:
         )
         check_number("min_reliability", min_reliability, maximum=100.0)
         if 0 < min_reliability <= 1:
-            logger.warning(
-                "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
-            )
+            logger.warning("min_reliability=%g is almost no limit: it goes to 100", min_reliability)
         self.spot = check_bool("use_spot", use_spot)
         self.fee = published_fee(self.spot)
         given = {"currency": currency, **(filters or {})}

@@ -11,16 +11,9 @@ from urllib.parse import unquote, urlsplit
 import requests
 from requests.structures import CaseInsensitiveDict
 
-from clore_client.config import (
-    CONFIG_FILE,
-    KEY_VARIABLE,
-    check_key_may_go_to,
-    clean_key,
-    is_loopback,
-)
+from clore_client.config import check_key_header, is_loopback
 from clore_client.errors import (
     SECRET_FIELDS,
-    AuthenticationError,
     CloreConnectionError,
     CloreError,
     OrderOutcomeUnknownError,
@@ -142,7 +135,7 @@ class Call:
         all_headers = CaseInsensitiveDict(check_headers("headers", headers))
         if given_headers := options.pop("headers", None):
             all_headers.update(check_headers("headers", given_headers))
-        self.key = _check_key(all_headers, base_url, endpoint, self.rules.needs_key)
+        self.key = check_key_header(all_headers, base_url, endpoint, self.rules.needs_key)
         timeout = check_timeout("timeout", options.pop("timeout", timeout))
         verify, cert = options.pop("verify", None), options.pop("cert", None)
         options.pop("stream", None)
@@ -228,19 +221,3 @@ def _prepare_request(
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"json, params or another argument can't be sent: {error}") from None
-
-
-def _check_key(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:
-    """Return the key of a request, after a check that it is set and the URL is safe for it."""
-    key: str = headers.get("auth") or ""
-    if key:
-        key = headers["auth"] = clean_key(key, "the headers")
-        check_key_may_go_to(base_url)
-    elif needed:
-        raise AuthenticationError(
-            3,
-            endpoint=endpoint,
-            hint=f"there is no API key, so nothing was sent: pass api_key=..., set {KEY_VARIABLE}, "
-            f"or put the key into {CONFIG_FILE}",
-        )
-    return key

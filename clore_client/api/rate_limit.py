@@ -144,8 +144,14 @@ class Schedule:
     def poll(self, turn: Turn, now: float) -> PollResult:
         """Grant a send time, or return when to poll again."""
         self._correct(now)
-        own = self._own_ready(turn)
-        ready = self._ready(turn, own)
+        own = turn.not_before
+        if turn.spacing is not None:
+            name, seconds = turn.spacing
+            last, its_seconds = self.spaced.get(name, (-math.inf, 0.0))
+            own = max(own, last + max(seconds, its_seconds))
+        if not turn.urgent:
+            own = max(own, self.paused_until)
+        ready = max(own, self.last + max(self.interval, turn.interval) + turn.rank * self.gap)
         paused = 0.0 if turn.urgent else self.paused_until - now
         if self.waiting:
             self.waiting = {i: entry for i, entry in self.waiting.items() if entry[3] > now}
@@ -191,17 +197,6 @@ class Schedule:
         self.paused_until = min(self.paused_until, now + PACE["longest_pause"])
         for entry in self.spaced.values():
             entry[0] = min(entry[0], now + entry[1])
-
-    def _own_ready(self, turn: Turn) -> float:
-        ready = turn.not_before
-        if turn.spacing is not None:
-            name, seconds = turn.spacing
-            last, its_seconds = self.spaced.get(name, (-math.inf, 0.0))
-            ready = max(ready, last + max(seconds, its_seconds))
-        return ready if turn.urgent else max(ready, self.paused_until)
-
-    def _ready(self, turn: Turn, own: float) -> float:
-        return max(own, self.last + max(self.interval, turn.interval) + turn.rank * self.gap)
 
     def _record(self, turn: Turn, at: float) -> None:
         self.last, self.interval = at, turn.interval

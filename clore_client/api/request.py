@@ -91,13 +91,9 @@ def limited(
     """
     outer = _limits.get()
     limits = Limits(min(deadline, outer.deadline), urgent or outer.urgent, once or outer.once)
-
-    def run() -> Returned:
-        _limits.set(limits)
-        return call()
-
-    # In a copy of the context, an interrupt can't leave the limits set.
-    return contextvars.copy_context().run(run)
+    context = contextvars.copy_context()  # so that an interrupt can't leave the limits set
+    context.run(_limits.set, limits)
+    return context.run(call)
 
 
 def _user_agent(addition: str | None) -> str:
@@ -274,16 +270,11 @@ class HTTPClient:
     def _make(self, call: Call) -> Envelope:
         """Make an API call, with rate limit and retries."""
         limiter = self._limiter(call.base_url, call.key)
-        interval = self.create_order_interval
-        turn = Turn(
-            self.rate_limit,
-            urgent=call.urgent,
-            spacing=(call.name, interval) if call.rules.spaced else None,
-        )
+        spacing = (call.name, self.create_order_interval) if call.rules.spaced else None
+        turn = Turn(self.rate_limit, urgent=call.urgent, spacing=spacing)
         once = _limits.get().once
-        retries = Retries(
-            call, 1 if once else self.max_retries, 0.0 if once else self.rate_limit_wait
-        )
+        sends, patience = (1, 0.0) if once else (self.max_retries, self.rate_limit_wait)
+        retries = Retries(call, sends, patience)
         while True:
             turn.patience = retries.patience_left
             try:
@@ -314,7 +305,7 @@ class HTTPClient:
             session, method, endpoint, params, json, options, base_url=self.base_url,
             headers=self.headers, timeout=self.timeout, urgent=_limits.get().urgent,
         )  # fmt: skip
-        self._sessions.put_back(session, reads=True)
+        self._sessions.put_back(session)
         return call
 
     def _delay(self, failure: Failure, retries: Retries, limiter: RateLimiter, turn: Turn) -> float:
@@ -361,7 +352,8 @@ class HTTPClient:
             outcome = self._classify(call, response, body, started_at)
         if isinstance(outcome, Failure) and response is not None:
             response.close()
-        self._sessions.put_back(session, call.reads)
+        if call.reads:
+            self._sessions.put_back(session)
         return outcome
 
     def _classify(

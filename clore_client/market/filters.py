@@ -109,9 +109,7 @@ def check_filters(
             del checked[name]  # no limit
     exactly, least = checked.get("gpu_count"), checked.get("min_gpu_count")
     if exactly is not None and least is not None and exactly < least:
-        raise ValueError(
-            f"gpu_count={exactly} contradicts min_gpu_count={least}: leave one of them out"
-        )
+        raise ValueError(f"gpu_count={exactly} contradicts min_gpu_count={least}: leave one out")
     allowed = checked.get("countries")
     if allowed is not None and not allowed - checked.get("exclude_countries", frozenset()):
         raise ValueError("countries must have a country that exclude_countries does not name")

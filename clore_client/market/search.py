@@ -115,9 +115,7 @@ class Search:
         )
         check_number("min_reliability", min_reliability, maximum=100.0)
         if 0 < min_reliability <= 1:
-            logger.warning(
-                "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
-            )
+            logger.warning("min_reliability=%g is almost no limit: it goes to 100", min_reliability)
         self.spot = check_bool("use_spot", use_spot)
         self.fee = published_fee(self.spot)
         given = {"currency": currency, **(filters or {})}

@@ -200,11 +200,8 @@ class Order(GPURecord):
         from clore_client.models.listing import utc_time  # only notebooks need it
 
         started = utc_time(self.started_at)
-        return {
-            **super()._card(),
-            "started_at": started and f"{started} UTC",
-            "body": masked(self.body),
-        }
+        own = {"started_at": started and f"{started} UTC", "body": masked(self.body)}
+        return {**super()._card(), **own}
 
 
 def _live_host(record: dict[str, Any]) -> str:
@@ -300,9 +297,8 @@ def to_orders(
 
 def in_documented_form(order: Order) -> bool:
     """Return whether an order has a field that only the documented form has."""
-    return order.is_live is False and any(
-        name in order.wire for name in ("status", "connection", "renting_server")
-    )
+    names = {"status", "connection", "renting_server"}
+    return order.is_live is False and not names.isdisjoint(order.wire)
 
 
 def created_id(response: dict[str, Any]) -> int | None:

@@ -240,7 +240,8 @@ class Machine:
         else:
             self.turn.refusals += 1
             self.schedule.refused(self.turn, now)
-        self.at = self.schedule._ready(self.turn, now) + random.uniform(0, 0.03)
+        ready = self.schedule.last + self.turn.interval + self.schedule.gap
+        self.at = ready + random.uniform(0, 0.03)
 
 
 @pytest.mark.parametrize("number", [2, 4, 8])
