@@ -142,17 +142,13 @@ def _url_problem(url: str) -> str | None:
 @functools.lru_cache(maxsize=64)
 def is_loopback(base_url: str) -> bool:
     """Return whether the host of a URL is this machine."""
-    return is_loopback_host(urlsplit(base_url).hostname or "")
-
-
-def check_key_may_go_to(base_url: str) -> None:
-    """Check that the key may be sent to a URL: over https, or to this machine."""
-    if not base_url.lower().startswith("https://") and not is_loopback(base_url):
-        host = printable(urlsplit(base_url).hostname or "", 100)
-        raise ConfigurationError(
-            f"base_url is not https (its host is {host}), so others could read the API key, and "
-            "nothing was sent: use an https URL"
-        )
+    host = urlsplit(base_url).hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def check_key_header(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:
@@ -160,7 +156,12 @@ def check_key_header(headers: Any, base_url: str, endpoint: str, needed: bool) -
     key: str = headers.get("auth") or ""
     if key:
         key = headers["auth"] = clean_key(key, "the headers")
-        check_key_may_go_to(base_url)
+        if not base_url.lower().startswith("https://") and not is_loopback(base_url):
+            host = printable(urlsplit(base_url).hostname or "", 100)
+            raise ConfigurationError(
+                f"base_url is not https (its host is {host}), so others could read the API key, "
+                "and nothing was sent: use an https URL"
+            )
     elif needed:
         raise AuthenticationError(
             3,
@@ -174,22 +175,12 @@ def check_key_header(headers: Any, base_url: str, endpoint: str, needed: bool) -
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-def is_loopback_host(host: str) -> bool:
-    """Return whether the host name or address in a URL is this machine."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 @functools.lru_cache(maxsize=64)
 def canonical_url(base_url: str) -> str:
     """Return one spelling for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
     parts = urlsplit(base_url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
-    host = "localhost" if is_loopback_host(host) else host
+    host = "localhost" if is_loopback(base_url) else host
     port = parts.port or _DEFAULT_PORTS.get(scheme)
     return f"{scheme}://{host}:{port}{parts.path.rstrip('/')}"
 
@@ -285,19 +276,20 @@ def set_lock(handle: int, locked: bool) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB if locked else fcntl.LOCK_UN)
 
 
-def open_private(path: Path) -> tuple[int, bool]:
-    """Open a file for reading and writing, and return its descriptor and whether it is new.
+def open_private(path: Path) -> int:
+    """Open a file for reading and writing, and return its descriptor.
 
     The file and its folder are created if they are missing, for this user only.
 
     Raises:
         OSError: that is not possible, or it is a symlink.
     """
+    flags = SAFE_FLAGS | os.O_RDWR | os.O_CREAT
     try:
-        return os.open(path, SAFE_FLAGS | os.O_RDWR), False
+        return os.open(path, flags, 0o600)
     except FileNotFoundError:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return os.open(path, SAFE_FLAGS | os.O_RDWR | os.O_CREAT, 0o600), True
+        return os.open(path, flags, 0o600)
 
 
 @contextlib.contextmanager
@@ -307,7 +299,7 @@ def locked_path(path: Path, patience: float) -> Iterator[None]:
     Raises:
         OSError: another process holds it, or it can't be created.
     """
-    handle, _ = open_private(Path(f"{path}.lock"))
+    handle = open_private(Path(f"{path}.lock"))
     try:
         if not lock_file(handle, patience):
             raise OSError(f"{path}.lock is held by another process")

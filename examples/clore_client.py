@@ -1545,17 +1545,13 @@ def _url_problem(url: str) -> str | None:
 @functools.lru_cache(maxsize=64)
 def is_loopback(base_url: str) -> bool:
     """Return whether the host of a URL is this machine."""
-    return is_loopback_host(urlsplit(base_url).hostname or "")
-
-
-def check_key_may_go_to(base_url: str) -> None:
-    """Check that the key may be sent to a URL: over https, or to this machine."""
-    if not base_url.lower().startswith("https://") and not is_loopback(base_url):
-        host = printable(urlsplit(base_url).hostname or "", 100)
-        raise ConfigurationError(
-            f"base_url is not https (its host is {host}), so others could read the API key, and "
-            "nothing was sent: use an https URL"
-        )
+    host = urlsplit(base_url).hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def check_key_header(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:
@@ -1563,7 +1559,12 @@ def check_key_header(headers: Any, base_url: str, endpoint: str, needed: bool) -
     key: str = headers.get("auth") or ""
     if key:
         key = headers["auth"] = clean_key(key, "the headers")
-        check_key_may_go_to(base_url)
+        if not base_url.lower().startswith("https://") and not is_loopback(base_url):
+            host = printable(urlsplit(base_url).hostname or "", 100)
+            raise ConfigurationError(
+                f"base_url is not https (its host is {host}), so others could read the API key, "
+                "and nothing was sent: use an https URL"
+            )
     elif needed:
         raise AuthenticationError(
             3,
@@ -1577,22 +1578,12 @@ def check_key_header(headers: Any, base_url: str, endpoint: str, needed: bool) -
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-def is_loopback_host(host: str) -> bool:
-    """Return whether the host name or address in a URL is this machine."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 @functools.lru_cache(maxsize=64)
 def canonical_url(base_url: str) -> str:
     """Return one spelling for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
     parts = urlsplit(base_url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
-    host = "localhost" if is_loopback_host(host) else host
+    host = "localhost" if is_loopback(base_url) else host
     port = parts.port or _DEFAULT_PORTS.get(scheme)
     return f"{scheme}://{host}:{port}{parts.path.rstrip('/')}"
 
@@ -1688,19 +1679,20 @@ def set_lock(handle: int, locked: bool) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB if locked else fcntl.LOCK_UN)
 
 
-def open_private(path: Path) -> tuple[int, bool]:
-    """Open a file for reading and writing, and return its descriptor and whether it is new.
+def open_private(path: Path) -> int:
+    """Open a file for reading and writing, and return its descriptor.
 
     The file and its folder are created if they are missing, for this user only.
 
     Raises:
         OSError: that is not possible, or it is a symlink.
     """
+    flags = SAFE_FLAGS | os.O_RDWR | os.O_CREAT
     try:
-        return os.open(path, SAFE_FLAGS | os.O_RDWR), False
+        return os.open(path, flags, 0o600)
     except FileNotFoundError:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return os.open(path, SAFE_FLAGS | os.O_RDWR | os.O_CREAT, 0o600), True
+        return os.open(path, flags, 0o600)
 
 
 @contextlib.contextmanager
@@ -1710,7 +1702,7 @@ def locked_path(path: Path, patience: float) -> Iterator[None]:
     Raises:
         OSError: another process holds it, or it can't be created.
     """
-    handle, _ = open_private(Path(f"{path}.lock"))
+    handle = open_private(Path(f"{path}.lock"))
     try:
         if not lock_file(handle, patience):
             raise OSError(f"{path}.lock is held by another process")
@@ -2680,23 +2672,6 @@ def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str
     }
 
 
-def to_order(
-    record: dict[str, Any], live: bool, cancelled: Collection[int], rates: ExchangeRates
-) -> Order:
-    """Convert an order from the API to an :class:`Order`.
-
-    Parameters:
-        record: the order, as the API sent it.
-        live: whether the response is in the live form.
-        cancelled: ids of the orders that this client cancelled.
-        rates: the exchange rates for ``usd_per_hour``.
-    """
-    order = Order({**record, **_live_fields(record, cancelled)} if live else record)
-    order._wire, order._live = record, live
-    order._rates = rates
-    return order
-
-
 def set_listed_price(order: Order, usd_per_hour: float) -> None:
     """Set the exchange rate of an order from the listed on-demand price of its server."""
     if (price := positive(order.get("price"))) is not None:
@@ -2708,9 +2683,19 @@ def set_listed_price(order: Order, usd_per_hour: float) -> None:
 def to_orders(
     response: dict[str, Any], cancelled: Collection[int], rates: ExchangeRates
 ) -> list[Order]:
-    """Convert the orders of a response to the documented form."""
-    live = is_live(response)
-    return [to_order(r, live, cancelled, rates) for r in dicts(response.get("orders"))]
+    """Convert the orders of a response to the documented form.
+
+    Parameters:
+        response: the response with the list of orders.
+        cancelled: ids of the orders that this client cancelled.
+        rates: the exchange rates for ``usd_per_hour``.
+    """
+    live, orders = is_live(response), []
+    for record in dicts(response.get("orders")):
+        order = Order({**record, **_live_fields(record, cancelled)} if live else record)
+        order._wire, order._live, order._rates = record, live, rates
+        orders.append(order)
+    return orders
 
 
 def in_documented_form(order: Order) -> bool:
@@ -3132,11 +3117,10 @@ def plot_server_prices(servers: Iterable[Server], path: str | os.PathLike[str] |
     models = prices_by_model(servers)
     try:
         # pyplot shows a figure by itself, in a notebook or a window; a file needs no window.
-        new_figure = (
-            importlib.import_module("matplotlib.figure").Figure
-            if path is not None
-            else importlib.import_module("matplotlib.pyplot").figure
-        )
+        if path is None:
+            new_figure = importlib.import_module("matplotlib.pyplot").figure
+        else:
+            new_figure = importlib.import_module("matplotlib.figure").Figure
     except ImportError as error:
         raise ImportError("plot_prices() needs matplotlib: pip install matplotlib") from error
     if not models:
@@ -4119,7 +4103,6 @@ LIMIT_PREFIX = "rate-limit-"
 SCHEDULE_FORMAT = "json-1"
 LONGEST_SCHEDULE = 100_000  # bytes
 LIMIT_LOCK_PATIENCE = 0.5  # seconds; other processes lock the file for microseconds
-UNUSED_AFTER = 86_400.0  # seconds after which the file of a key is removed
 NUMBERS = ("last", "interval", "surplus", "gap", "paused_until")
 LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
 TRY_AGAIN = 5.0  # seconds after which a store that failed is tried again
@@ -4145,14 +4128,11 @@ class FileStore:
         """Run one step of the schedule."""
         try:
             with self._lock:
-                handle, created = open_private(self._path)
+                handle = open_private(self._path)
                 try:
-                    result = self._apply(handle, step, turn)
+                    return self._apply(handle, step, turn)
                 finally:
                     os.close(handle)
-                if created:
-                    remove_unused(self._path.parent)
-                return result
         except OSError as error:
             raise StoreUnavailableError(f"{self._path} can't be used: {error}") from error
 
@@ -4215,16 +4195,6 @@ def _table(rows: dict[str, list[float]], columns: int) -> dict[str, list[float]]
     if any(len(row) != columns for row in rows.values()):
         raise ValueError
     return {name: list(map(float, row)) for name, row in rows.items()}
-
-
-def remove_unused(folder: Path) -> None:
-    """Remove the files of keys that nobody has used for a day."""
-    before = time.time() - UNUSED_AFTER
-    with contextlib.suppress(OSError):
-        for path in folder.glob(f"{LIMIT_PREFIX}*"):
-            with contextlib.suppress(OSError):
-                if path.stat().st_mtime < before:
-                    path.unlink()
 
 
 class FallbackStore:
@@ -5380,7 +5350,12 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "min_cuda": _cuda,
     "currency": check_currency,
     "min_rating": partial(check_number, maximum=HIGHEST_RATING),
-    "max_price_per_gpu_usd": partial(check_number, infinite=True, unit="USD per hour"),
+    "min_reliability": partial(check_number, maximum=100.0),
+    **dict.fromkeys(
+        ("max_price_usd", "max_price_per_gpu_usd"),
+        partial(check_number, infinite=True, unit="USD per hour"),
+    ),
+    "gpu_type": check_string,
     "sort": _sort,
     "where": check_callback,
 }
@@ -5811,7 +5786,6 @@ def _is_fresh(seen: Any) -> bool:
 Check = Callable[[Server], bool]
 
 RENTED = "being rented"  # the name of a filter that is always on
-LONGEST_LABEL = 200  # characters of a filter in a report
 ROUNDING_UP = 1 + 1e-12  # 8.4 / 24 is slightly above 0.35
 
 
@@ -5893,22 +5867,20 @@ class Search:
         currency: Any = None,
         method: Callable[..., Any] | None = None,
     ) -> None:
-        self.gpu_type = None if gpu_type is None else check_string("gpu_type", gpu_type)
-        self.max_price_usd = check_optional_number(
-            "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
-        )
-        check_number("min_reliability", min_reliability, maximum=100.0)
-        if 0 < min_reliability <= 1:
+        given = {
+            "gpu_type": gpu_type, "max_price_usd": max_price_usd, "currency": currency,
+            "min_reliability": min_reliability, **(filters or {}),
+        }  # fmt: skip
+        self._given = {name: value for name, value in given.items() if value is not None}
+        self._filters = check_filters(self._given, method)
+        self.gpu_type: str | None = self._filters.get("gpu_type")
+        self.max_price_usd: float | None = self._filters.get("max_price_usd")
+        if self._filters.get("min_reliability", 100.0) <= 1:
             logger.warning("min_reliability=%g is almost no limit: it goes to 100", min_reliability)
         self.spot = check_bool("use_spot", use_spot)
         self.fee = published_fee(self.spot)
-        given = {"currency": currency, **(filters or {})}
-        self._given = {name: value for name, value in given.items() if value is not None}
-        self._filters = check_filters(self._given, method)
-        numbers = {"min_reliability": min_reliability or None, "max_price_usd": max_price_usd}
-        for name, number in numbers.items():
-            if number is not None:
-                self._filters[name] = self._given[name] = number
+        # What the price limits are compared with, as a multiple of the price.
+        self._with_fees = 1 + self.fee if self._filters.get("include_fees") else 1.0
         self.currency: str | None = self._filters.get("currency")
         self.server_id: int | None = None
         self.models: frozenset[str] | None = None
@@ -5924,9 +5896,7 @@ class Search:
         limit, each = self.max_price_usd, self._filters.get("max_price_per_gpu_usd")
         if each is not None:
             limit = min(math.inf if limit is None else limit, each * self.gpu_count(server))
-        if limit is not None and self._filters.get("include_fees"):
-            limit = without_fee(limit, self.fee)
-        return limit
+        return None if limit is None else limit / self._with_fees
 
     def gpu_count(self, server: Server) -> int:
         """Return the number of GPUs that match; of several models, only those count."""
@@ -5972,7 +5942,7 @@ class Search:
         if self.server_id is None:
             return range(len(marketplace))
         places = [n for n, number in enumerate(marketplace.ids) if number == self.server_id]
-        report.add(_label("server_id", self.server_id), len(marketplace) - len(places))
+        report.add(f"server_id={self.server_id}", len(marketplace) - len(places))
         return places
 
     def _with_gpu(
@@ -5987,7 +5957,7 @@ class Search:
         if not models:
             report.nearest_models = nearest_models(self.gpu_type, names)
         fitting = [place for place in places if not models.isdisjoint(marketplace.gpus[place])]
-        report.add(_label("gpu_type", self.gpu_type), len(places) - len(fitting))
+        report.add(f"gpu_type={short_repr(self.gpu_type)}", len(places) - len(fitting))
         return fitting
 
     def _checks(self, live: bool) -> list[tuple[str, Check]]:
@@ -6003,8 +5973,8 @@ class Search:
         checks: list[tuple[str, Check]] = []
         for name, make in makers.items():
             if name in self._filters:
-                check = make(name, self._filters[name])
-                checks.append((_label(name, self._given[name]), check))
+                label = f"{name}={short_repr(self._given[name])}"
+                checks.append((label, make(name, self._filters[name])))
         return checks
 
     def _numbers(self) -> dict[str, Callable[[Server], Any]]:
@@ -6022,14 +5992,11 @@ class Search:
         return lambda server: (value := number(server)) is not None and bool(value >= least)
 
     def _price_check(self, name: str, limit: float) -> Check:
-        factor = 1 + self.fee if self._filters.get("include_fees") else 1.0
         highest, each = limit * ROUNDING_UP, name == "max_price_per_gpu_usd"
 
         def check(server: Server) -> bool:
-            price = self.price(server)
-            if price is None:
-                return False
-            return price * factor <= highest * (self.gpu_count(server) if each else 1)
+            price, gpus = self.price(server), self.gpu_count(server) if each else 1
+            return price is not None and price * self._with_fees <= highest * gpus
 
         return check
 
@@ -6038,10 +6005,8 @@ class Search:
         return servers if where is None else [s for s in servers if _call("where", where, s)]
 
     def _lowest(self, servers: Iterable[Server]) -> float | None:
-        prices = (self.price(server) for server in servers)
-        lowest = min((price for price in prices if price is not None), default=None)
-        fees = lowest is not None and self._filters.get("include_fees")
-        return with_fee(lowest, self.fee) if fees and lowest is not None else lowest
+        prices = [price for s in servers if (price := self.price(s)) is not None]
+        return min(prices) * self._with_fees if prices else None
 
     def _sorted(self, servers: list[Server]) -> list[Server]:
         """Sort servers; equal ones by price, then in the API's order."""
@@ -6079,13 +6044,6 @@ def _first_failed(checks: list[tuple[str, Check]], server: Server) -> int:
         if not check(server):
             return index
     return len(checks)
-
-
-def _label(name: str, value: Any) -> str:
-    try:
-        return printable(f"{name}={value!r}", LONGEST_LABEL)
-    except Exception:  # a class of the caller with a broken __repr__
-        return name
 
 
 def _call(name: str, function: Callable[[Server], Any], server: Server) -> Any:
@@ -6228,6 +6186,9 @@ def suggested_bid(market: SpotMarket, server: Any, margin: float) -> float | Non
 # ==================================================================================================
 
 
+Prices = tuple[float | None, float | None]  # USD per hour for one GPU: on demand, spot
+Listed = tuple[int, bool, Prices]  # a server: its GPUs of a model, whether it is free, its prices
+NO_PRICES: Prices = (None, None)
 HIGHEST_PERCENT = 100.0  # a higher fee is not valid
 
 
@@ -6247,26 +6208,6 @@ class ModelSummary(NamedTuple):
     spot_p90_usd: float | None
 
 
-class _Model:
-    """Count the servers, GPUs and prices of one model."""
-
-    def __init__(self) -> None:
-        self.servers = self.servers_free = self.gpus = self.gpus_free = 0
-        self.prices: tuple[list[float], list[float]] = ([], [])  # on demand and spot
-
-    def add(self, count: int, free: bool) -> None:
-        self.servers += 1
-        self.gpus += count
-        self.servers_free += free
-        self.gpus_free += count * free
-
-    def add_prices(self, server: Server, count: int) -> None:
-        usd = (server.usd_per_hour, server.spot_usd_per_hour)
-        for prices, price in zip(self.prices, usd, strict=True):
-            if price is not None:
-                prices.append(price / count)
-
-
 def summarize(
     marketplace: Marketplace, *, include_rented: bool = False, include_fees: bool = False
 ) -> list[ModelSummary]:
@@ -6277,32 +6218,33 @@ def summarize(
         include_rented: include the prices of rented servers; the counts always have them.
         include_fees: add the published fees to the prices.
     """
-    models, spellings = dict[str, _Model](), Counter[str]()
+    models, spellings = dict[str, list[Listed]](), Counter[str]()
     for names, server in zip(marketplace.gpus, marketplace, strict=True):
         spellings.update(set(names))
         free = not server.rented
         folded = [fold_name(name) for name in names]
         for name in set(folded):
-            model = models.setdefault(name, _Model())
-            count = folded.count(name)
+            count, prices = folded.count(name), NO_PRICES
             if count == len(folded):  # all GPUs are of this model
                 count = server.gpu_count or count
                 if free or include_rented:
-                    model.add_prices(server, count)
-            model.add(count, free)
+                    usd = (server.usd_per_hour, server.spot_usd_per_hour)
+                    prices = (per_gpu(usd[0], count), per_gpu(usd[1], count))
+            models.setdefault(name, []).append((count, free, prices))
     shown = common_spellings(spellings)
-    rows = [_row(shown[model], found, include_fees) for model, found in models.items()]
+    rows = [_row(shown[model], listed, include_fees) for model, listed in models.items()]
     return sorted(rows, key=lambda row: (-row.gpus, row.gpu))
 
 
-def _row(gpu: str, model: _Model, include_fees: bool) -> ModelSummary:
+def _row(gpu: str, listed: list[Listed], include_fees: bool) -> ModelSummary:
     numbers: list[float | None] = []
     for spot in (False, True):
         fee = published_fee(spot) if include_fees else 0.0
-        prices = sorted(with_fee(price, fee) for price in model.prices[spot])
+        found = [price for _, _, prices in listed if (price := prices[spot]) is not None]
+        prices = sorted(with_fee(price, fee) for price in found)
         numbers += [quantile(prices, share) for share in (0.0, 0.5, 0.9)]
-    counts = (model.servers, model.servers_free, model.gpus, model.gpus_free)
-    return ModelSummary(gpu, *counts, *numbers)
+    gpus, free = [n for n, _, _ in listed], [n for n, is_free, _ in listed if is_free]
+    return ModelSummary(gpu, len(gpus), len(free), sum(gpus), sum(free), *numbers)
 
 
 def quantile(ordered: list[float], share: float) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -34,7 +33,6 @@ LIMIT_PREFIX = "rate-limit-"
 SCHEDULE_FORMAT = "json-1"
 LONGEST_SCHEDULE = 100_000  # bytes
 LIMIT_LOCK_PATIENCE = 0.5  # seconds; other processes lock the file for microseconds
-UNUSED_AFTER = 86_400.0  # seconds after which the file of a key is removed
 NUMBERS = ("last", "interval", "surplus", "gap", "paused_until")
 LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
 TRY_AGAIN = 5.0  # seconds after which a store that failed is tried again
@@ -60,14 +58,11 @@ class FileStore:
         """Run one step of the schedule."""
         try:
             with self._lock:
-                handle, created = open_private(self._path)
+                handle = open_private(self._path)
                 try:
-                    result = self._apply(handle, step, turn)
+                    return self._apply(handle, step, turn)
                 finally:
                     os.close(handle)
-                if created:
-                    remove_unused(self._path.parent)
-                return result
         except OSError as error:
             raise StoreUnavailableError(f"{self._path} can't be used: {error}") from error
 
@@ -130,16 +125,6 @@ def _table(rows: dict[str, list[float]], columns: int) -> dict[str, list[float]]
     if any(len(row) != columns for row in rows.values()):
         raise ValueError
     return {name: list(map(float, row)) for name, row in rows.items()}
-
-
-def remove_unused(folder: Path) -> None:
-    """Remove the files of keys that nobody has used for a day."""
-    before = time.time() - UNUSED_AFTER
-    with contextlib.suppress(OSError):
-        for path in folder.glob(f"{LIMIT_PREFIX}*"):
-            with contextlib.suppress(OSError):
-                if path.stat().st_mtime < before:
-                    path.unlink()
 
 
 class FallbackStore:

@@ -211,7 +211,12 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "min_cuda": _cuda,
     "currency": check_currency,
     "min_rating": partial(check_number, maximum=HIGHEST_RATING),
-    "max_price_per_gpu_usd": partial(check_number, infinite=True, unit="USD per hour"),
+    "min_reliability": partial(check_number, maximum=100.0),
+    **dict.fromkeys(
+        ("max_price_usd", "max_price_per_gpu_usd"),
+        partial(check_number, infinite=True, unit="USD per hour"),
+    ),
+    "gpu_type": check_string,
     "sort": _sort,
     "where": check_callback,
 }

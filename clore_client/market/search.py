@@ -21,13 +21,12 @@ from clore_client.models.server import (
     price_in,
     version_parts,
 )
-from clore_client.pricing import per_gpu, published_fee, with_fee, without_fee
-from clore_client.validation import check_bool, check_number, check_optional_number, check_string
+from clore_client.pricing import per_gpu, published_fee
+from clore_client.validation import check_bool, short_repr
 
 Check = Callable[[Server], bool]
 
 RENTED = "being rented"  # the name of a filter that is always on
-LONGEST_LABEL = 200  # characters of a filter in a report
 ROUNDING_UP = 1 + 1e-12  # 8.4 / 24 is slightly above 0.35
 
 
@@ -109,22 +108,20 @@ class Search:
         currency: Any = None,
         method: Callable[..., Any] | None = None,
     ) -> None:
-        self.gpu_type = None if gpu_type is None else check_string("gpu_type", gpu_type)
-        self.max_price_usd = check_optional_number(
-            "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
-        )
-        check_number("min_reliability", min_reliability, maximum=100.0)
-        if 0 < min_reliability <= 1:
+        given = {
+            "gpu_type": gpu_type, "max_price_usd": max_price_usd, "currency": currency,
+            "min_reliability": min_reliability, **(filters or {}),
+        }  # fmt: skip
+        self._given = {name: value for name, value in given.items() if value is not None}
+        self._filters = check_filters(self._given, method)
+        self.gpu_type: str | None = self._filters.get("gpu_type")
+        self.max_price_usd: float | None = self._filters.get("max_price_usd")
+        if self._filters.get("min_reliability", 100.0) <= 1:
             logger.warning("min_reliability=%g is almost no limit: it goes to 100", min_reliability)
         self.spot = check_bool("use_spot", use_spot)
         self.fee = published_fee(self.spot)
-        given = {"currency": currency, **(filters or {})}
-        self._given = {name: value for name, value in given.items() if value is not None}
-        self._filters = check_filters(self._given, method)
-        numbers = {"min_reliability": min_reliability or None, "max_price_usd": max_price_usd}
-        for name, number in numbers.items():
-            if number is not None:
-                self._filters[name] = self._given[name] = number
+        # What the price limits are compared with, as a multiple of the price.
+        self._with_fees = 1 + self.fee if self._filters.get("include_fees") else 1.0
         self.currency: str | None = self._filters.get("currency")
         self.server_id: int | None = None
         self.models: frozenset[str] | None = None
@@ -140,9 +137,7 @@ class Search:
         limit, each = self.max_price_usd, self._filters.get("max_price_per_gpu_usd")
         if each is not None:
             limit = min(math.inf if limit is None else limit, each * self.gpu_count(server))
-        if limit is not None and self._filters.get("include_fees"):
-            limit = without_fee(limit, self.fee)
-        return limit
+        return None if limit is None else limit / self._with_fees
 
     def gpu_count(self, server: Server) -> int:
         """Return the number of GPUs that match; of several models, only those count."""
@@ -188,7 +183,7 @@ class Search:
         if self.server_id is None:
             return range(len(marketplace))
         places = [n for n, number in enumerate(marketplace.ids) if number == self.server_id]
-        report.add(_label("server_id", self.server_id), len(marketplace) - len(places))
+        report.add(f"server_id={self.server_id}", len(marketplace) - len(places))
         return places
 
     def _with_gpu(
@@ -203,7 +198,7 @@ class Search:
         if not models:
             report.nearest_models = nearest_models(self.gpu_type, names)
         fitting = [place for place in places if not models.isdisjoint(marketplace.gpus[place])]
-        report.add(_label("gpu_type", self.gpu_type), len(places) - len(fitting))
+        report.add(f"gpu_type={short_repr(self.gpu_type)}", len(places) - len(fitting))
         return fitting
 
     def _checks(self, live: bool) -> list[tuple[str, Check]]:
@@ -219,8 +214,8 @@ class Search:
         checks: list[tuple[str, Check]] = []
         for name, make in makers.items():
             if name in self._filters:
-                check = make(name, self._filters[name])
-                checks.append((_label(name, self._given[name]), check))
+                label = f"{name}={short_repr(self._given[name])}"
+                checks.append((label, make(name, self._filters[name])))
         return checks
 
     def _numbers(self) -> dict[str, Callable[[Server], Any]]:
@@ -238,14 +233,11 @@ class Search:
         return lambda server: (value := number(server)) is not None and bool(value >= least)
 
     def _price_check(self, name: str, limit: float) -> Check:
-        factor = 1 + self.fee if self._filters.get("include_fees") else 1.0
         highest, each = limit * ROUNDING_UP, name == "max_price_per_gpu_usd"
 
         def check(server: Server) -> bool:
-            price = self.price(server)
-            if price is None:
-                return False
-            return price * factor <= highest * (self.gpu_count(server) if each else 1)
+            price, gpus = self.price(server), self.gpu_count(server) if each else 1
+            return price is not None and price * self._with_fees <= highest * gpus
 
         return check
 
@@ -254,10 +246,8 @@ class Search:
         return servers if where is None else [s for s in servers if _call("where", where, s)]
 
     def _lowest(self, servers: Iterable[Server]) -> float | None:
-        prices = (self.price(server) for server in servers)
-        lowest = min((price for price in prices if price is not None), default=None)
-        fees = lowest is not None and self._filters.get("include_fees")
-        return with_fee(lowest, self.fee) if fees and lowest is not None else lowest
+        prices = [price for s in servers if (price := self.price(s)) is not None]
+        return min(prices) * self._with_fees if prices else None
 
     def _sorted(self, servers: list[Server]) -> list[Server]:
         """Sort servers; equal ones by price, then in the API's order."""
@@ -295,13 +285,6 @@ def _first_failed(checks: list[tuple[str, Check]], server: Server) -> int:
         if not check(server):
             return index
     return len(checks)
-
-
-def _label(name: str, value: Any) -> str:
-    try:
-        return printable(f"{name}={value!r}", LONGEST_LABEL)
-    except Exception:  # a class of the caller with a broken __repr__
-        return name
 
 
 def _call(name: str, function: Callable[[Server], Any], server: Server) -> Any:

@@ -9,11 +9,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from clore_client.market.filters import common_spellings, fold_name
 from clore_client.models.record import part_of
 from clore_client.models.server import Marketplace, Server, listed_rate, price_in
-from clore_client.pricing import CREATION_FEE, creation_fee_after, finite, published_fee, with_fee
+from clore_client.pricing import (
+    CREATION_FEE,
+    creation_fee_after,
+    finite,
+    per_gpu,
+    published_fee,
+    with_fee,
+)
 
 if TYPE_CHECKING:
     from clore_client.market.market import Market
 
+Prices = tuple[float | None, float | None]  # USD per hour for one GPU: on demand, spot
+Listed = tuple[int, bool, Prices]  # a server: its GPUs of a model, whether it is free, its prices
+NO_PRICES: Prices = (None, None)
 HIGHEST_PERCENT = 100.0  # a higher fee is not valid
 
 
@@ -33,26 +43,6 @@ class ModelSummary(NamedTuple):
     spot_p90_usd: float | None
 
 
-class _Model:
-    """Count the servers, GPUs and prices of one model."""
-
-    def __init__(self) -> None:
-        self.servers = self.servers_free = self.gpus = self.gpus_free = 0
-        self.prices: tuple[list[float], list[float]] = ([], [])  # on demand and spot
-
-    def add(self, count: int, free: bool) -> None:
-        self.servers += 1
-        self.gpus += count
-        self.servers_free += free
-        self.gpus_free += count * free
-
-    def add_prices(self, server: Server, count: int) -> None:
-        usd = (server.usd_per_hour, server.spot_usd_per_hour)
-        for prices, price in zip(self.prices, usd, strict=True):
-            if price is not None:
-                prices.append(price / count)
-
-
 def summarize(
     marketplace: Marketplace, *, include_rented: bool = False, include_fees: bool = False
 ) -> list[ModelSummary]:
@@ -63,32 +53,33 @@ def summarize(
         include_rented: include the prices of rented servers; the counts always have them.
         include_fees: add the published fees to the prices.
     """
-    models, spellings = dict[str, _Model](), Counter[str]()
+    models, spellings = dict[str, list[Listed]](), Counter[str]()
     for names, server in zip(marketplace.gpus, marketplace, strict=True):
         spellings.update(set(names))
         free = not server.rented
         folded = [fold_name(name) for name in names]
         for name in set(folded):
-            model = models.setdefault(name, _Model())
-            count = folded.count(name)
+            count, prices = folded.count(name), NO_PRICES
             if count == len(folded):  # all GPUs are of this model
                 count = server.gpu_count or count
                 if free or include_rented:
-                    model.add_prices(server, count)
-            model.add(count, free)
+                    usd = (server.usd_per_hour, server.spot_usd_per_hour)
+                    prices = (per_gpu(usd[0], count), per_gpu(usd[1], count))
+            models.setdefault(name, []).append((count, free, prices))
     shown = common_spellings(spellings)
-    rows = [_row(shown[model], found, include_fees) for model, found in models.items()]
+    rows = [_row(shown[model], listed, include_fees) for model, listed in models.items()]
     return sorted(rows, key=lambda row: (-row.gpus, row.gpu))
 
 
-def _row(gpu: str, model: _Model, include_fees: bool) -> ModelSummary:
+def _row(gpu: str, listed: list[Listed], include_fees: bool) -> ModelSummary:
     numbers: list[float | None] = []
     for spot in (False, True):
         fee = published_fee(spot) if include_fees else 0.0
-        prices = sorted(with_fee(price, fee) for price in model.prices[spot])
+        found = [price for _, _, prices in listed if (price := prices[spot]) is not None]
+        prices = sorted(with_fee(price, fee) for price in found)
         numbers += [quantile(prices, share) for share in (0.0, 0.5, 0.9)]
-    counts = (model.servers, model.servers_free, model.gpus, model.gpus_free)
-    return ModelSummary(gpu, *counts, *numbers)
+    gpus, free = [n for n, _, _ in listed], [n for n, is_free, _ in listed if is_free]
+    return ModelSummary(gpu, len(gpus), len(free), sum(gpus), sum(free), *numbers)
 
 
 def quantile(ordered: list[float], share: float) -> float | None:

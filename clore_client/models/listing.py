@@ -409,11 +409,10 @@ def plot_server_prices(servers: Iterable[Server], path: str | os.PathLike[str] |
     models = prices_by_model(servers)
     try:
         # pyplot shows a figure by itself, in a notebook or a window; a file needs no window.
-        new_figure = (
-            importlib.import_module("matplotlib.figure").Figure
-            if path is not None
-            else importlib.import_module("matplotlib.pyplot").figure
-        )
+        if path is None:
+            new_figure = importlib.import_module("matplotlib.pyplot").figure
+        else:
+            new_figure = importlib.import_module("matplotlib.figure").Figure
     except ImportError as error:
         raise ImportError("plot_prices() needs matplotlib: pip install matplotlib") from error
     if not models:

@@ -262,23 +262,6 @@ def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str
     }
 
 
-def to_order(
-    record: dict[str, Any], live: bool, cancelled: Collection[int], rates: ExchangeRates
-) -> Order:
-    """Convert an order from the API to an :class:`Order`.
-
-    Parameters:
-        record: the order, as the API sent it.
-        live: whether the response is in the live form.
-        cancelled: ids of the orders that this client cancelled.
-        rates: the exchange rates for ``usd_per_hour``.
-    """
-    order = Order({**record, **_live_fields(record, cancelled)} if live else record)
-    order._wire, order._live = record, live
-    order._rates = rates
-    return order
-
-
 def set_listed_price(order: Order, usd_per_hour: float) -> None:
     """Set the exchange rate of an order from the listed on-demand price of its server."""
     if (price := positive(order.get("price"))) is not None:
@@ -290,9 +273,19 @@ def set_listed_price(order: Order, usd_per_hour: float) -> None:
 def to_orders(
     response: dict[str, Any], cancelled: Collection[int], rates: ExchangeRates
 ) -> list[Order]:
-    """Convert the orders of a response to the documented form."""
-    live = is_live(response)
-    return [to_order(r, live, cancelled, rates) for r in dicts(response.get("orders"))]
+    """Convert the orders of a response to the documented form.
+
+    Parameters:
+        response: the response with the list of orders.
+        cancelled: ids of the orders that this client cancelled.
+        rates: the exchange rates for ``usd_per_hour``.
+    """
+    live, orders = is_live(response), []
+    for record in dicts(response.get("orders")):
+        order = Order({**record, **_live_fields(record, cancelled)} if live else record)
+        order._wire, order._live, order._rates = record, live, rates
+        orders.append(order)
+    return orders
 
 
 def in_documented_form(order: Order) -> bool:
