@@ -177,7 +177,7 @@ class CloreClient(HTTPClient):
         remembered = check_bool("remember_credentials", remember_credentials)
         credentials = Credentials(lambda: self._state_folder if remembered else None)
         self._orders = AccountOrders(self, self._market, credentials)
-        self._host_history = HostHistory(lambda: self._state_folder, lambda: self.base_url)
+        self._host_history = HostHistory(self._state_folder, lambda: self.base_url)
         self._ssh_access: SSHAccess | None = None  # made on first use, as it imports paramiko
 
     def __copy__(self: C) -> C:

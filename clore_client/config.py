@@ -194,21 +194,14 @@ def read_line(path: str) -> str:
         return ""
 
 
-def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:
-    """Check a state folder; None turns the journal off."""
-    if value is None:
-        return None
-    folder: str | os.PathLike[str] = check_type(name, value, "a folder or None", str, os.PathLike)
-    if isinstance(folder, str) and not folder.strip():
-        raise ValueError(f"{name} must not be empty: None turns the journal off")
-    check_local_path(name, folder)
-    return folder
-
-
-def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
-    """Return the absolute path of the state folder; None if it is turned off."""
+def state_folder(state_dir: Any) -> Path | None:
+    """Check the argument ``state_dir``, and return its absolute path; None if it is turned off."""
     if state_dir is None:
         return None
+    check_type("state_dir", state_dir, "a folder or None", str, os.PathLike)
+    if isinstance(state_dir, str) and not state_dir.strip():
+        raise ValueError("state_dir must not be empty: None turns the journal off")
+    check_local_path("state_dir", state_dir)
     if state_dir == DEFAULT_STATE_DIR:
         base = os.environ.get("XDG_STATE_HOME") or ""
         if not os.path.isabs(base):  # the XDG specification ignores relative paths

@@ -919,11 +919,6 @@ def with_fee(price: float, fee: float) -> float:
     return price * (1 + fee)
 
 
-def without_fee(price: float, fee: float) -> float:
-    """Remove the renter's fee from a price that includes it."""
-    return price / (1 + fee)
-
-
 def creation_fee_after(seconds: float, fee: float = CREATION_FEE) -> float:
     """Return the creation fee of an order that has run for ``seconds``: 0 before ten minutes."""
     return fee if seconds >= CREATION_FEE_AFTER else 0.0
@@ -1597,21 +1592,14 @@ def read_line(path: str) -> str:
         return ""
 
 
-def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:
-    """Check a state folder; None turns the journal off."""
-    if value is None:
-        return None
-    folder: str | os.PathLike[str] = check_type(name, value, "a folder or None", str, os.PathLike)
-    if isinstance(folder, str) and not folder.strip():
-        raise ValueError(f"{name} must not be empty: None turns the journal off")
-    check_local_path(name, folder)
-    return folder
-
-
-def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
-    """Return the absolute path of the state folder; None if it is turned off."""
+def state_folder(state_dir: Any) -> Path | None:
+    """Check the argument ``state_dir``, and return its absolute path; None if it is turned off."""
     if state_dir is None:
         return None
+    check_type("state_dir", state_dir, "a folder or None", str, os.PathLike)
+    if isinstance(state_dir, str) and not state_dir.strip():
+        raise ValueError("state_dir must not be empty: None turns the journal off")
+    check_local_path("state_dir", state_dir)
     if state_dir == DEFAULT_STATE_DIR:
         base = os.environ.get("XDG_STATE_HOME") or ""
         if not os.path.isabs(base):  # the XDG specification ignores relative paths
@@ -2152,20 +2140,10 @@ def accepts(record: dict[str, Any], live: bool, currency: str) -> bool:
     return not live or positive(part_of(record, "price", "on_demand", currency)) is not None
 
 
-@functools.lru_cache(maxsize=1024)
-def _parse_cores(text: str) -> int | None:
-    match = re.match(r"\s*([0-9]{1,6})(?![0-9])", text)
-    return int(match[1]) or None if match else None
-
-
 def version_parts(version: Any) -> tuple[int, int] | None:
     """Return a version such as ``"12.4"`` or 12.4 as two integers, or None."""
-    return _parse_version(version[:40] if isinstance(version, str) else str(finite(version)))
-
-
-@functools.lru_cache(maxsize=1024)
-def _parse_version(text: str) -> tuple[int, int] | None:
-    match = re.fullmatch(r"([0-9]{1,4})(?:\.([0-9]{1,4}))?(?:\.[0-9.]*)?", text.strip())
+    text = version[:40].strip() if isinstance(version, str) else str(finite(version))
+    match = re.fullmatch(r"([0-9]{1,4})(?:\.([0-9]{1,4}))?(?:\.[0-9.]*)?", text)
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
@@ -2306,8 +2284,8 @@ class Server(GPURecord):
     @property
     def cpu_cores(self) -> int | None:
         """The number of CPU cores; the number of threads is usually twice as high."""
-        text = text_of(self, "specs", "cpus")
-        return None if text is None else _parse_cores(text[:LONGEST_TEXT])
+        match = re.match(r"\s*([0-9]{1,6})(?![0-9])", text_of(self, "specs", "cpus") or "")
+        return int(match[1]) or None if match else None
 
     @property
     def pcie_width(self) -> float | None:
@@ -3379,7 +3357,6 @@ RULES = {
     ("POST", "cancel_orders"): Rules(repeatable=True, urgent=True, logged=True),
     ("POST", "set_spot_price"): Rules(repeatable=True, logged=True),
     ("GET", "marketplace"): Rules(needs_key=False, repeatable=True),
-    ("HEAD", "marketplace"): Rules(needs_key=False, repeatable=True),
 }
 OTHER_READ, OTHER_CHANGE = Rules(repeatable=True), Rules()
 
@@ -3806,20 +3783,17 @@ PACE = {
 }
 
 
-class PauseTooLongError(Exception):
-    """The API asked for a pause that is longer than the caller's patience.
+class NotSentError(Exception):
+    """The request can't be sent in time.
 
     Attributes:
-        seconds: the rest of the pause.
+        pause: seconds that are left of a pause that the API asked for, if it is longer than the
+            caller's patience; None if the deadline is too early.
     """
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__(seconds)
-        self.seconds = seconds
-
-
-class DeadlinePassedError(Exception):
-    """The request can't be sent before its deadline."""
+    def __init__(self, pause: float | None) -> None:
+        super().__init__(pause)
+        self.pause = pause
 
 
 class Turn:
@@ -4045,17 +4019,15 @@ class RateLimiter:
         """Wait until the request may be sent.
 
         Raises:
-            PauseTooLongError: the API asked for a pause that is longer than the turn's patience.
-            DeadlinePassedError: it can't be sent before ``deadline`` (monotonic time).
+            NotSentError: the API asked for a pause that is longer than the turn's patience, or the
+                request can't be sent before ``deadline`` (monotonic time).
         """
         turn.deadline = deadline
         while True:
             result: PollResult = self._store.apply("poll", turn)
             turn.slowed = result.slowed
-            if result.paused > turn.patience:
-                raise PauseTooLongError(result.paused)
             if result.too_late:
-                raise DeadlinePassedError
+                raise NotSentError(result.paused if result.paused > turn.patience else None)
             now = time.monotonic()
             if result.granted:
                 turn.sent_at = result.at
@@ -4784,9 +4756,12 @@ class Retries:
                 )
             raise error
 
-    def not_sent(self, reason: DeadlinePassedError | PauseTooLongError) -> CloreError:
-        """Return the error for a request that could not be sent, or could not be retried."""
-        pause = reason.seconds if isinstance(reason, PauseTooLongError) else None
+    def not_sent(self, pause: float | None) -> CloreError:
+        """Return the error for a request that could not be sent, or could not be retried.
+
+        Parameters:
+            pause: the seconds of a pause that is too long; None if the deadline is too early.
+        """
         if self._last is not None:
             error = self._last.error
             error.retry_after = error.retry_after if pause is None else pause
@@ -4905,7 +4880,7 @@ class HTTPClient:
         self.max_retries = check_count("max_retries", max_retries, minimum=1)
         self.create_order_interval = check_interval("create_order_interval", create_order_interval)
         self.rate_limit_wait = check_interval("rate_limit_wait", rate_limit_wait)
-        self._state_folder = state_folder(check_state_dir("state_dir", state_dir))
+        self._state_folder = state_folder(state_dir)
         self._redis = redis_server_for(rate_limiter)
         self.backoff = check_interval("backoff", backoff)
         self.max_backoff = check_interval("max_backoff", max_backoff)
@@ -5043,8 +5018,8 @@ class HTTPClient:
             turn.patience = retries.patience_left
             try:
                 outcome = self._send(call, limiter, turn)
-            except (DeadlinePassedError, PauseTooLongError) as reason:
-                raise retries.not_sent(reason) from None
+            except NotSentError as reason:
+                raise retries.not_sent(reason.pause) from None
             if isinstance(outcome, Envelope):
                 limiter.accepted(turn)
                 outcome.sends = retries.sends + 1
@@ -5608,18 +5583,16 @@ class Market:
 
     def read_spot(self, server_id: int) -> dict[str, Any]:
         """Read the spot market of a server."""
-        response = self._client._request(
-            "GET", "/v1/spot_marketplace", params={"market": server_id}
-        )
+        query = {"market": server_id}
+        response = self._client._request("GET", "/v1/spot_marketplace", params=query)
         self.data.observe_spot(response)
         return response
 
     def find_server(self, server_id: int) -> Server | None:
         """Return a server, rented or not, or None if it is not listed."""
         marketplace = self.read()
-        if server_id not in marketplace.ids:
-            return None
-        return marketplace[marketplace.ids.index(server_id)]
+        places = (n for n, number in enumerate(marketplace.ids) if number == server_id)
+        return next(map(marketplace.__getitem__, places), None)
 
     def get_server(self, server_id: int) -> Server:
         """Return a server, rented or not.
@@ -5717,12 +5690,12 @@ class HostHistory:
     """Remember which servers worked, in memory and in the state folder.
 
     Parameters:
-        folder: returns the state folder, or None if none is used.
+        folder: the state folder, or None if none is used.
         base_url: returns the base URL, because each API has its own servers.
     """
 
-    def __init__(self, folder: Callable[[], Path | None], base_url: Callable[[], str]) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None, base_url: Callable[[], str]) -> None:
+        self._path = folder and folder / HOST_HISTORY_FILE
         self._base_url = base_url
         self._here: dict[str, dict[str, Any]] = {}  # what this process has seen
 
@@ -5732,39 +5705,33 @@ class HostHistory:
             return
         name = f"{canonical_url(self._base_url())} {server_id}"
         self._here[name] = {"outcome": outcome, "time": time.time()}
-        if (folder := self._folder()) is None:
+        if self._path is None:
             return
-        path = folder / HOST_HISTORY_FILE
         try:
-            with locked_path(path, HISTORY_PATIENCE):
-                hosts = {**self._read(path), name: self._here[name]}
-                replace_file(path, json.dumps({"hosts": hosts}))
+            with locked_path(self._path, HISTORY_PATIENCE):
+                hosts = {**self._read(), name: self._here[name]}
+                replace_file(self._path, json.dumps({"hosts": hosts}))
         except OSError as error:
-            logger.debug("%s can't be written: %s", path, error)
+            logger.debug("%s can't be written: %s", self._path, error)
 
     def outcomes(self) -> dict[int, dict[str, Any]]:
         """Return ``outcome`` and ``time`` of each host of the last day, by server id."""
-        hosts = dict(self._here)
-        if (folder := self._folder()) is not None:
-            for name, seen in self._read(folder / HOST_HISTORY_FILE).items():
-                if name not in hosts or seen["time"] > hosts[name]["time"]:
-                    hosts[name] = seen
+        hosts = [*self._here.items(), *self._read().items()]
         found: dict[int, dict[str, Any]] = {}
-        for name, seen in hosts.items():
+        for name, seen in sorted(hosts, key=lambda host: host[1]["time"]):  # the newest counts
             url, _, server_id = name.rpartition(" ")
             if url == canonical_url(self._base_url()) and server_id.isdecimal() and _is_fresh(seen):
                 found[int(server_id)] = dict(seen)
         return found
 
-    @staticmethod
-    def _read(path: Path) -> dict[str, dict[str, Any]]:
+    def _read(self) -> dict[str, dict[str, Any]]:
         """Return the valid entries of the file of the last day."""
-        try:
-            hosts = read_state_file(path).get("hosts")
-        except FileNotFoundError:
+        if self._path is None:
             return {}
+        try:
+            hosts = read_state_file(self._path).get("hosts")
         except (OSError, ValueError, RecursionError) as error:
-            logger.debug("%s can't be read: %s", path, error)
+            logger.debug("%s can't be read: %s", self._path, error)
             return {}
         return {n: s for n, s in hosts.items() if _is_fresh(s)} if isinstance(hosts, dict) else {}
 
@@ -17173,7 +17140,7 @@ class CloreClient(HTTPClient):
         remembered = check_bool("remember_credentials", remember_credentials)
         credentials = Credentials(lambda: self._state_folder if remembered else None)
         self._orders = AccountOrders(self, self._market, credentials)
-        self._host_history = HostHistory(lambda: self._state_folder, lambda: self.base_url)
+        self._host_history = HostHistory(self._state_folder, lambda: self.base_url)
         self._ssh_access: SSHAccess | None = None  # made on first use, as it imports paramiko
 
     def __copy__(self: C) -> C:

@@ -80,7 +80,6 @@ RULES = {
     ("POST", "cancel_orders"): Rules(repeatable=True, urgent=True, logged=True),
     ("POST", "set_spot_price"): Rules(repeatable=True, logged=True),
     ("GET", "marketplace"): Rules(needs_key=False, repeatable=True),
-    ("HEAD", "marketplace"): Rules(needs_key=False, repeatable=True),
 }
 OTHER_READ, OTHER_CHANGE = Rules(repeatable=True), Rules()
 

@@ -30,20 +30,17 @@ PACE = {
 }
 
 
-class PauseTooLongError(Exception):
-    """The API asked for a pause that is longer than the caller's patience.
+class NotSentError(Exception):
+    """The request can't be sent in time.
 
     Attributes:
-        seconds: the rest of the pause.
+        pause: seconds that are left of a pause that the API asked for, if it is longer than the
+            caller's patience; None if the deadline is too early.
     """
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__(seconds)
-        self.seconds = seconds
-
-
-class DeadlinePassedError(Exception):
-    """The request can't be sent before its deadline."""
+    def __init__(self, pause: float | None) -> None:
+        super().__init__(pause)
+        self.pause = pause
 
 
 class Turn:
@@ -269,17 +266,15 @@ class RateLimiter:
         """Wait until the request may be sent.
 
         Raises:
-            PauseTooLongError: the API asked for a pause that is longer than the turn's patience.
-            DeadlinePassedError: it can't be sent before ``deadline`` (monotonic time).
+            NotSentError: the API asked for a pause that is longer than the turn's patience, or the
+                request can't be sent before ``deadline`` (monotonic time).
         """
         turn.deadline = deadline
         while True:
             result: PollResult = self._store.apply("poll", turn)
             turn.slowed = result.slowed
-            if result.paused > turn.patience:
-                raise PauseTooLongError(result.paused)
             if result.too_late:
-                raise DeadlinePassedError
+                raise NotSentError(result.paused if result.paused > turn.patience else None)
             now = time.monotonic()
             if result.granted:
                 turn.sent_at = result.at

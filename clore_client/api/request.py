@@ -16,7 +16,7 @@ import urllib3
 from clore_client.api.call import Call, Envelope
 from clore_client.api.connection import Sessions, UnusableResponseError, exchange, read_body
 from clore_client.api.limiters import limiter_for, redis_server_for
-from clore_client.api.rate_limit import DeadlinePassedError, PauseTooLongError, RateLimiter, Turn
+from clore_client.api.rate_limit import NotSentError, RateLimiter, Turn
 from clore_client.api.retry import (
     Failure,
     Retries,
@@ -30,7 +30,6 @@ from clore_client.config import (
     URL_VARIABLE,
     __version__,
     check_base_url,
-    check_state_dir,
     clean_key,
     find_key,
     key_ending,
@@ -141,7 +140,7 @@ class HTTPClient:
         self.max_retries = check_count("max_retries", max_retries, minimum=1)
         self.create_order_interval = check_interval("create_order_interval", create_order_interval)
         self.rate_limit_wait = check_interval("rate_limit_wait", rate_limit_wait)
-        self._state_folder = state_folder(check_state_dir("state_dir", state_dir))
+        self._state_folder = state_folder(state_dir)
         self._redis = redis_server_for(rate_limiter)
         self.backoff = check_interval("backoff", backoff)
         self.max_backoff = check_interval("max_backoff", max_backoff)
@@ -279,8 +278,8 @@ class HTTPClient:
             turn.patience = retries.patience_left
             try:
                 outcome = self._send(call, limiter, turn)
-            except (DeadlinePassedError, PauseTooLongError) as reason:
-                raise retries.not_sent(reason) from None
+            except NotSentError as reason:
+                raise retries.not_sent(reason.pause) from None
             if isinstance(outcome, Envelope):
                 limiter.accepted(turn)
                 outcome.sends = retries.sends + 1

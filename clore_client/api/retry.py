@@ -18,7 +18,6 @@ import requests
 
 from clore_client.api.call import Call, Envelope, unix_time
 from clore_client.api.connection import never_sent, reason_of
-from clore_client.api.rate_limit import DeadlinePassedError, PauseTooLongError
 from clore_client.errors import (
     CREATE_ORDER_CODE_1,
     CloreAPIError,
@@ -328,9 +327,12 @@ class Retries:
                 )
             raise error
 
-    def not_sent(self, reason: DeadlinePassedError | PauseTooLongError) -> CloreError:
-        """Return the error for a request that could not be sent, or could not be retried."""
-        pause = reason.seconds if isinstance(reason, PauseTooLongError) else None
+    def not_sent(self, pause: float | None) -> CloreError:
+        """Return the error for a request that could not be sent, or could not be retried.
+
+        Parameters:
+            pause: the seconds of a pause that is too long; None if the deadline is too early.
+        """
         if self._last is not None:
             error = self._last.error
             error.retry_after = error.retry_after if pause is None else pause

@@ -145,20 +145,10 @@ def accepts(record: dict[str, Any], live: bool, currency: str) -> bool:
     return not live or positive(part_of(record, "price", "on_demand", currency)) is not None
 
 
-@functools.lru_cache(maxsize=1024)
-def _parse_cores(text: str) -> int | None:
-    match = re.match(r"\s*([0-9]{1,6})(?![0-9])", text)
-    return int(match[1]) or None if match else None
-
-
 def version_parts(version: Any) -> tuple[int, int] | None:
     """Return a version such as ``"12.4"`` or 12.4 as two integers, or None."""
-    return _parse_version(version[:40] if isinstance(version, str) else str(finite(version)))
-
-
-@functools.lru_cache(maxsize=1024)
-def _parse_version(text: str) -> tuple[int, int] | None:
-    match = re.fullmatch(r"([0-9]{1,4})(?:\.([0-9]{1,4}))?(?:\.[0-9.]*)?", text.strip())
+    text = version[:40].strip() if isinstance(version, str) else str(finite(version))
+    match = re.fullmatch(r"([0-9]{1,4})(?:\.([0-9]{1,4}))?(?:\.[0-9.]*)?", text)
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
@@ -299,8 +289,8 @@ class Server(GPURecord):
     @property
     def cpu_cores(self) -> int | None:
         """The number of CPU cores; the number of threads is usually twice as high."""
-        text = text_of(self, "specs", "cpus")
-        return None if text is None else _parse_cores(text[:LONGEST_TEXT])
+        match = re.match(r"\s*([0-9]{1,6})(?![0-9])", text_of(self, "specs", "cpus") or "")
+        return int(match[1]) or None if match else None
 
     @property
     def pcie_width(self) -> float | None:
