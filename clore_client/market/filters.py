@@ -198,13 +198,12 @@ def check_countries(name: str, values: Any) -> frozenset[str]:
     return frozenset(codes)
 
 
+_check_limit = partial(check_number, infinite=True, unit="USD per hour")
 _COUNTS = ("min_gpu_count", "min_cpu_cores", "min_pcie_width", "min_ratings")
-_NUMBERS = ("min_vram_gb", "min_total_vram_gb", "min_ram_gb", "min_disk_gb", "min_disk_mbps",
-            "min_download_mbps", "min_upload_mbps", "min_rental_hours")  # fmt: skip
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("gpu_count", "limit"), partial(check_count, minimum=1)),
+    **dict.fromkeys(("min_vram_gb", "min_total_vram_gb", *MINIMUMS), check_number),
     **dict.fromkeys(_COUNTS, check_count),
-    **dict.fromkeys(_NUMBERS, check_number),
     **dict.fromkeys(("exact_gpu", "include_fees"), check_bool),
     **dict.fromkeys(("countries", "exclude_countries"), check_countries),
     **dict.fromkeys(("exclude_servers", "exclude_owners"), _ids),
@@ -212,10 +211,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "currency": check_currency,
     "min_rating": partial(check_number, maximum=HIGHEST_RATING),
     "min_reliability": partial(check_number, maximum=100.0),
-    **dict.fromkeys(
-        ("max_price_usd", "max_price_per_gpu_usd"),
-        partial(check_number, infinite=True, unit="USD per hour"),
-    ),
+    **dict.fromkeys(("max_price_usd", "max_price_per_gpu_usd"), _check_limit),
     "gpu_type": check_string,
     "sort": _sort,
     "where": check_callback,

@@ -24,7 +24,7 @@ from clore_client.models.server import (
 from clore_client.pricing import per_gpu, published_fee
 from clore_client.validation import check_bool, short_repr
 
-Check = Callable[[Server], bool]
+Check = Callable[[Server], object]  # true if a server passes
 
 RENTED = "being rented"  # the name of a filter that is always on
 ROUNDING_UP = 1 + 1e-12  # 8.4 / 24 is slightly above 0.35
@@ -156,24 +156,23 @@ class Search:
         free = [place for place in places if not marketplace.rented[place]]
         report.add(RENTED, len(places) - len(free))
         checks = self._checks(marketplace.live)
-        left_out = [0] * (len(checks) + 1)
+        by_check: list[list[int]] = [[] for _ in range(len(checks) + 1)]  # the places it left out
         fitting = []
         for place in free:
             server = marketplace[place]
             failed = _first_failed(checks, server)
-            left_out[failed] += 1
+            by_check[failed].append(place)
             if failed == len(checks):
                 fitting.append(server)
-        for (label, _), count in zip(checks, left_out, strict=False):
-            report.add(label, count)
+        for (label, _), left_out in zip(checks, by_check, strict=False):
+            report.add(label, len(left_out))
         found = self._where(fitting)
         report.add("where", len(fitting) - len(found))
         report.found = len(found)
         if not found and places:
-            last = max((n for n, count in enumerate(left_out) if count), default=None)
-            servers = (marketplace[place] for place in free or places)
-            dropped = [s for s in servers if last is None or _first_failed(checks, s) == last]
-            if last != len(checks):
+            last = next((group for group in reversed(by_check) if group), places)
+            dropped = [marketplace[place] for place in last]
+            if last is not by_check[-1]:
                 dropped = self._where(dropped)
             report.cheapest_usd_per_hour = self._lowest(dropped)
         return self._sorted(found)[: self._filters.get("limit")], report
@@ -203,20 +202,22 @@ class Search:
 
     def _checks(self, live: bool) -> list[tuple[str, Check]]:
         """Return the filters that are set, cheap ones first and the price limits last."""
-        makers: dict[str, Callable[[str, Any], Check]] = {
-            **dict.fromkeys(("exclude_servers", "exclude_owners"), _excluded_check),
-            "currency": lambda name, coin: lambda server: accepts(server, live, coin),
-            **dict.fromkeys(("countries", "exclude_countries"), _country_check),
-            "gpu_count": lambda name, count: lambda server: self.gpu_count(server) == count,
-            **dict.fromkeys(self._numbers(), self._minimum_check),
-            **dict.fromkeys(("max_price_per_gpu_usd", "max_price_usd"), self._price_check),
+        tests: dict[str, Callable[[Any, Server], object]] = {
+            "exclude_servers": lambda ids, s: s.id is not None and s.id not in ids,
+            "exclude_owners": lambda ids, s: s.owner_id is not None and s.owner_id not in ids,
+            "currency": lambda coin, s: accepts(s, live, coin),
+            "countries": lambda codes, s: s.country and s.country.upper() in codes,
+            "exclude_countries": lambda codes, s: s.country and s.country.upper() not in codes,
+            "gpu_count": lambda count, s: self.gpu_count(s) == count,
+            **{name: partial(_at_least, number) for name, number in self._numbers().items()},
+            "max_price_per_gpu_usd": lambda usd, s: self._costs_at_most(usd * self.gpu_count(s), s),
+            "max_price_usd": self._costs_at_most,
         }
-        checks: list[tuple[str, Check]] = []
-        for name, make in makers.items():
-            if name in self._filters:
-                label = f"{name}={short_repr(self._given[name])}"
-                checks.append((label, make(name, self._filters[name])))
-        return checks
+        return [
+            (f"{name}={short_repr(self._given[name])}", partial(test, self._filters[name]))
+            for name, test in tests.items()
+            if name in self._filters
+        ]
 
     def _numbers(self) -> dict[str, Callable[[Server], Any]]:
         """Return what each filter for a minimum compares; None is less than any minimum."""
@@ -228,18 +229,9 @@ class Search:
             "min_cuda": lambda s: version_parts(s.get("cuda_version")),
         }
 
-    def _minimum_check(self, name: str, least: Any) -> Check:
-        number = self._numbers()[name]
-        return lambda server: (value := number(server)) is not None and bool(value >= least)
-
-    def _price_check(self, name: str, limit: float) -> Check:
-        highest, each = limit * ROUNDING_UP, name == "max_price_per_gpu_usd"
-
-        def check(server: Server) -> bool:
-            price, gpus = self.price(server), self.gpu_count(server) if each else 1
-            return price is not None and price * self._with_fees <= highest * gpus
-
-        return check
+    def _costs_at_most(self, limit: float, server: Server) -> bool:
+        price = self.price(server)
+        return price is not None and price * self._with_fees <= limit * ROUNDING_UP
 
     def _where(self, servers: list[Server]) -> list[Server]:
         where = self._filters.get("where")
@@ -265,18 +257,9 @@ class Search:
         return sorted(by_price, key=key)
 
 
-def _country_check(name: str, codes: frozenset[str]) -> Check:
-    return lambda server: (
-        server.country is not None and ((server.country.upper() in codes) is (name == "countries"))
-    )
-
-
-def _excluded_check(name: str, ids: frozenset[int]) -> Check:
-    def check(server: Server) -> bool:
-        number = server.id if name == "exclude_servers" else server.owner_id
-        return number is not None and number not in ids
-
-    return check
+def _at_least(number: Callable[[Server], Any], least: Any, server: Server) -> bool:
+    value = number(server)
+    return value is not None and bool(value >= least)
 
 
 def _first_failed(checks: list[tuple[str, Check]], server: Server) -> int:
