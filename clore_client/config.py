@@ -172,16 +172,13 @@ def check_key_header(headers: Any, base_url: str, endpoint: str, needed: bool) -
     return key
 
 
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-
-
 @functools.lru_cache(maxsize=64)
 def canonical_url(base_url: str) -> str:
     """Return one spelling for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
     parts = urlsplit(base_url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
     host = "localhost" if is_loopback(base_url) else host
-    port = parts.port or _DEFAULT_PORTS.get(scheme)
+    port = parts.port or (443 if scheme == "https" else 80)
     return f"{scheme}://{host}:{port}{parts.path.rstrip('/')}"
 
 

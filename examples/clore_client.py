@@ -1570,16 +1570,13 @@ def check_key_header(headers: Any, base_url: str, endpoint: str, needed: bool) -
     return key
 
 
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-
-
 @functools.lru_cache(maxsize=64)
 def canonical_url(base_url: str) -> str:
     """Return one spelling for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
     parts = urlsplit(base_url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
     host = "localhost" if is_loopback(base_url) else host
-    port = parts.port or _DEFAULT_PORTS.get(scheme)
+    port = parts.port or (443 if scheme == "https" else 80)
     return f"{scheme}://{host}:{port}{parts.path.rstrip('/')}"
 
 
@@ -1937,8 +1934,8 @@ class Record(dict[str, Any]):
 
     def __dir__(self) -> list[str]:
         """Return the properties, and the methods that read a dict."""
-        attributes = [pair for base in type(self).__mro__ for pair in vars(base).items()]
-        properties = [name for name, value in attributes if isinstance(value, property)]
+        names = super().__dir__()
+        properties = [n for n in names if isinstance(getattr(type(self), n, None), property)]
         return sorted({*properties, "copy", "get", "items", "keys", "values"})
 
     def __repr__(self) -> str:

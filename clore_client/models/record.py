@@ -124,8 +124,8 @@ class Record(dict[str, Any]):
 
     def __dir__(self) -> list[str]:
         """Return the properties, and the methods that read a dict."""
-        attributes = [pair for base in type(self).__mro__ for pair in vars(base).items()]
-        properties = [name for name, value in attributes if isinstance(value, property)]
+        names = super().__dir__()
+        properties = [n for n in names if isinstance(getattr(type(self), n, None), property)]
         return sorted({*properties, "copy", "get", "items", "keys", "values"})
 
     def __repr__(self) -> str:

@@ -228,7 +228,7 @@ class Machine:
             self.turn.refusals += 1
             self.schedule.refused(self.turn, now)
         ready = self.schedule.last + self.turn.interval + self.schedule.gap
-        self.at = ready + random.uniform(0, 0.03)
+        self.at = max(now, ready) + random.uniform(0, 0.03)
 
 
 @pytest.mark.parametrize("number", [2, 4, 8])
