@@ -2095,15 +2095,13 @@ def price_in(server: Server, spot: bool, currency: str | None) -> float | None:
         spot: return the lowest spot bid that the host accepts.
         currency: the API's name; None takes the price of the documented form.
     """
-    price = None
-    if currency is not None and spot:
-        # Always per day: only the live form has this field.
-        per_day = positive(part_of(server, "price", "original_usd", currency, "spot"))
-        price = per_day and per_day / HOURS_PER_DAY
-    elif currency is not None:
-        price = positive(part_of(server, "price", "usd", _USD_FIELDS.get(currency, "")))
     # The documented form has one price for all currencies.
-    return price or (server.spot_usd_per_hour if spot else server.usd_per_hour)
+    if spot:
+        # Always per day: only the live form has this field.
+        per_day = positive(part_of(server, "price", "original_usd", currency or "", "spot"))
+        return per_day / HOURS_PER_DAY if per_day else server.spot_usd_per_hour
+    usd_field = _USD_FIELDS.get(currency or "", "on_demand_clore")
+    return positive(part_of(server, "price", "usd", usd_field)) or server.usd_per_hour
 
 
 def on_demand_usd(server: Server, currency: str) -> float | None:
