@@ -198,7 +198,7 @@ def check_countries(name: str, values: Any) -> frozenset[str]:
     return frozenset(codes)
 
 
-_check_limit = partial(check_number, infinite=True, unit="USD per hour")
+_PRICE_LIMIT = partial(check_number, infinite=True, unit="USD per hour")
 _COUNTS = ("min_gpu_count", "min_cpu_cores", "min_pcie_width", "min_ratings")
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("gpu_count", "limit"), partial(check_count, minimum=1)),
@@ -211,7 +211,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "currency": check_currency,
     "min_rating": partial(check_number, maximum=HIGHEST_RATING),
     "min_reliability": partial(check_number, maximum=100.0),
-    **dict.fromkeys(("max_price_usd", "max_price_per_gpu_usd"), _check_limit),
+    **dict.fromkeys(("max_price_usd", "max_price_per_gpu_usd"), _PRICE_LIMIT),
     "gpu_type": check_string,
     "sort": _sort,
     "where": check_callback,
