@@ -5259,9 +5259,7 @@ def _sort(name: str, value: Any) -> Any:
         return check_callback(name, value)
     if value not in SORTS:
         kind = ValueError if isinstance(value, str) else TypeError
-        raise kind(
-            f"{name} must be one of {', '.join(SORTS)} or a function, not {short_repr(value)}"
-        )
+        raise kind(f"{name} must be one of {', '.join(SORTS)} or callable, not {short_repr(value)}")
     return value
 
 
