@@ -177,7 +177,7 @@ class CloreClient(HTTPClient):
         remembered = check_bool("remember_credentials", remember_credentials)
         credentials = Credentials(lambda: self._state_folder if remembered else None)
         self._orders = AccountOrders(self, self._market, credentials)
-        self._host_history = HostHistory(lambda: self._state_folder, lambda: self.base_url)
+        self._host_history = HostHistory(self._state_folder, lambda: self.base_url)
         self._ssh_access: SSHAccess | None = None  # made on first use, as it imports paramiko
 
     def __copy__(self: C) -> C:
@@ -424,7 +424,7 @@ class CloreClient(HTTPClient):
             gpu_type, max_price_usd, min_reliability, use_spot, filters, method=self.find_servers
         )
         check_number("cache_seconds", cache_seconds, unit="seconds")
-        found, report = self._market.search(search, cache_seconds)
+        found, report = search.run(self._market.listing(cache_seconds))
         servers = ServerList(found)
         servers.report = report
         return servers

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from clore_client.errors import ConfigurationError, Secret, printable
+from clore_client.errors import AuthenticationError, ConfigurationError, Secret, printable
 from clore_client.log import warn_once
-from clore_client.validation import check_local_path
+from clore_client.validation import check_local_path, check_type
 
 __version__ = "0.1.0"
 
@@ -86,14 +86,11 @@ def key_ending(key: object) -> str:
 def _key_in_file() -> str | None:
     try:
         path = Path(CONFIG_FILE).expanduser()
-        text = path.read_text(encoding="utf-8")
-        mode = path.stat().st_mode
+        text, mode = path.read_bytes(), path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, RuntimeError):  # RuntimeError: no home directory
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            f"{CONFIG_FILE} can't be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
-        ) from None
+    except OSError as error:
+        raise ConfigurationError(f"{CONFIG_FILE} can't be read: {error.strerror}") from None
     try:
         config = json.loads(text)
     except (ValueError, RecursionError):
@@ -105,9 +102,7 @@ def _key_in_file() -> str | None:
         return None
     key = clean_key(config["api_key"], CONFIG_FILE)
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        warn_once(
-            f"{path} contains your API key, and other users can read it: run chmod 600 {path}"
-        )
+        warn_once(f"{path} has your API key, and other users can read it: run chmod 600 {path}")
     return key or None
 
 
@@ -119,14 +114,10 @@ def check_base_url(url: object, name: str) -> str:
         name: the argument or variable that has it, for the error.
     """
     if not isinstance(url, str):
-        raise TypeError(
-            f"{name} must be a string like 'https://api.clore.ai', not {type(url).__name__}"
-        )
+        raise TypeError(f"{name} must be a string, not {type(url).__name__}")
     if problem := _url_problem(url):
         # The URL is not shown, as it may contain a key.
-        raise ConfigurationError(
-            f"{name} must be a URL like https://api.clore.ai: this one {problem}"
-        )
+        raise ConfigurationError(f"{name} must be a URL like https://api.clore.ai: it {problem}")
     return url.rstrip("/")
 
 
@@ -151,25 +142,8 @@ def _url_problem(url: str) -> str | None:
 @functools.lru_cache(maxsize=64)
 def is_loopback(base_url: str) -> bool:
     """Return whether the host of a URL is this machine."""
-    return is_loopback_host(urlsplit(base_url).hostname or "")
-
-
-def check_key_may_go_to(base_url: str) -> None:
-    """Check that the key may be sent to a URL: over https, or to this machine."""
-    if not base_url.lower().startswith("https://") and not is_loopback(base_url):
-        host = printable(urlsplit(base_url).hostname or "", 100)
-        raise ConfigurationError(
-            f"base_url is not https (its host is {host}), so others could read the API key, and "
-            "nothing was sent: use an https URL"
-        )
-
-
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-
-
-def is_loopback_host(host: str) -> bool:
-    """Return whether the host name or address in a URL is this machine."""
-    if host.lower() == "localhost":
+    host = urlsplit(base_url).hostname or ""
+    if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -177,13 +151,34 @@ def is_loopback_host(host: str) -> bool:
         return False
 
 
+def check_key_header(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:
+    """Return the key of a request, after a check that it is set and the URL is safe for it."""
+    key: str = headers.get("auth") or ""
+    if key:
+        key = headers["auth"] = clean_key(key, "the headers")
+        if not base_url.lower().startswith("https://") and not is_loopback(base_url):
+            host = printable(urlsplit(base_url).hostname or "", 100)
+            raise ConfigurationError(
+                f"base_url is not https (its host is {host}), so others could read the API key, "
+                "and nothing was sent: use an https URL"
+            )
+    elif needed:
+        raise AuthenticationError(
+            3,
+            endpoint=endpoint,
+            hint=f"there is no API key, so nothing was sent: pass api_key=..., set {KEY_VARIABLE}, "
+            f"or put the key into {CONFIG_FILE}",
+        )
+    return key
+
+
 @functools.lru_cache(maxsize=64)
 def canonical_url(base_url: str) -> str:
     """Return one spelling for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
     parts = urlsplit(base_url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
-    host = "localhost" if is_loopback_host(host) else host
-    port = parts.port or _DEFAULT_PORTS.get(scheme)
+    host = "localhost" if is_loopback(base_url) else host
+    port = parts.port or (443 if scheme == "https" else 80)
     return f"{scheme}://{host}:{port}{parts.path.rstrip('/')}"
 
 
@@ -196,21 +191,14 @@ def read_line(path: str) -> str:
         return ""
 
 
-def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:
-    """Check a state folder; None turns the journal off."""
-    if value is not None and not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a folder or None, not {type(value).__name__}")
-    if isinstance(value, str) and not value.strip():
-        raise ValueError(f"{name} must not be empty: None turns the journal off")
-    if value is not None:
-        check_local_path(name, value)
-    return value
-
-
-def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
-    """Return the absolute path of the state folder; None if it is turned off."""
+def state_folder(state_dir: Any) -> Path | None:
+    """Check the argument ``state_dir``, and return its absolute path; None if it is turned off."""
     if state_dir is None:
         return None
+    check_type("state_dir", state_dir, "a folder or None", str, os.PathLike)
+    if isinstance(state_dir, str) and not state_dir.strip():
+        raise ValueError("state_dir must not be empty: None turns the journal off")
+    check_local_path("state_dir", state_dir)
     if state_dir == DEFAULT_STATE_DIR:
         base = os.environ.get("XDG_STATE_HOME") or ""
         if not os.path.isabs(base):  # the XDG specification ignores relative paths
@@ -252,28 +240,19 @@ def lock_file(handle: int, patience: float = 0.0) -> bool:
     """
     deadline = time.monotonic() + patience
     pause = FIRST_LOCK_PAUSE
-    while not _try_to_lock(handle):
-        if time.monotonic() >= deadline:
-            return False
+    while True:
+        try:
+            set_lock(handle, locked=True)
+            return True
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() >= deadline:
+                return False
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_LOCK_PAUSE)
-    return True
 
 
-def _try_to_lock(handle: int) -> bool:
-    try:
-        _set_lock(handle, locked=True)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
-
-
-def unlock_file(handle: int) -> None:
-    """Unlock a file that :func:`lock_file` locked."""
-    _set_lock(handle, locked=False)
-
-
-def _set_lock(handle: int, locked: bool) -> None:
+def set_lock(handle: int, locked: bool) -> None:
+    """Lock an open file at once, or unlock it."""
     if os.name == "nt":
         import msvcrt
 
@@ -287,19 +266,20 @@ def _set_lock(handle: int, locked: bool) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB if locked else fcntl.LOCK_UN)
 
 
-def open_private(path: Path) -> tuple[int, bool]:
-    """Open a file for reading and writing, and return its descriptor and whether it is new.
+def open_private(path: Path) -> int:
+    """Open a file for reading and writing, and return its descriptor.
 
     The file and its folder are created if they are missing, for this user only.
 
     Raises:
         OSError: that is not possible, or it is a symlink.
     """
+    flags = SAFE_FLAGS | os.O_RDWR | os.O_CREAT
     try:
-        return os.open(path, SAFE_FLAGS | os.O_RDWR), False
+        return os.open(path, flags, 0o600)
     except FileNotFoundError:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return os.open(path, SAFE_FLAGS | os.O_RDWR | os.O_CREAT, 0o600), True
+        return os.open(path, flags, 0o600)
 
 
 @contextlib.contextmanager
@@ -309,7 +289,7 @@ def locked_path(path: Path, patience: float) -> Iterator[None]:
     Raises:
         OSError: another process holds it, or it can't be created.
     """
-    handle, _ = open_private(Path(f"{path}.lock"))
+    handle = open_private(Path(f"{path}.lock"))
     try:
         if not lock_file(handle, patience):
             raise OSError(f"{path}.lock is held by another process")

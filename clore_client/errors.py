@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +56,7 @@ def printable(text: str, limit: int = 2000) -> str:
     cut = text if len(text) <= limit else text[:limit] + "..."
     if cut.isprintable():
         return cut
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 def masked(value: Any, depth: int = 20) -> Any:
@@ -121,7 +120,9 @@ class CloreError(Exception):
         self.__dict__.update(details)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_restored, (type(self), self.args, self.__dict__))
+        # Without the arguments of the class, which differ by subclass.
+        state = {**self.__dict__, "args": self.args}
+        return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
 
 
 def add_note(error: BaseException, note: str) -> None:
@@ -130,13 +131,6 @@ def add_note(error: BaseException, note: str) -> None:
         error.add_note(note)
     else:  # Python 3.10
         error.__notes__ = [*getattr(error, "__notes__", []), note]  # type: ignore[attr-defined,unused-ignore]
-
-
-def _restored(cls: type[CloreError], args: tuple[Any, ...], state: dict[str, Any]) -> CloreError:
-    error = cls.__new__(cls)
-    Exception.__init__(error, *args)
-    error.__dict__.update(state)
-    return error
 
 
 class ConfigurationError(CloreError, ValueError):
@@ -181,8 +175,8 @@ class OrderOutcomeUnknownError(OutcomeUnknownError):
         super().__init__(message, **{"credentials": {}, **details})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        restore, (cls, args, state) = super().__reduce__()
-        return restore, (cls, args, {**state, "credentials": {}})
+        make, arguments, state = super().__reduce__()
+        return make, arguments, {**state, "credentials": {}}
 
 
 class OrderNotFoundError(CloreError):
@@ -330,11 +324,9 @@ class CloreAPIError(CloreError):
         self.hint = hint
         if retryable is not None:
             self.retryable = retryable
-        text = self.error or ERROR_CODES.get(code) or f"Unknown error (code {code})"
-        envelope = redact(repr(masked(self.response)), secrets)
-        super().__init__(
-            f"Clore API Error {code}: {printable(text)} | response={printable(envelope)}"
-        )
+        text = printable(self.error or ERROR_CODES.get(code) or f"Unknown error (code {code})")
+        envelope = printable(redact(repr(masked(self.response)), secrets))
+        super().__init__(f"Clore API Error {code}: {text} | response={envelope}")
         if hint:
             self.add_hint(hint)
 
@@ -515,10 +507,8 @@ class CommandTimeoutError(SSHError, TimeoutError):
     """
 
     def __init__(self, command: str, timeout: float, stdout: str = "", stderr: str = "") -> None:
-        super().__init__(
-            f"{printable(command, 200)} did not end within {timeout:g}s, and was stopped"
-            f"{_tail(stderr)}"
-        )
+        text = f"{printable(command, 200)} did not end within {timeout:g}s, and was stopped"
+        super().__init__(text + _tail(stderr))
         self.command = command
         self.timeout = timeout
         self.stdout = stdout

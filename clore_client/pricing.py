@@ -90,11 +90,6 @@ def with_fee(price: float, fee: float) -> float:
     return price * (1 + fee)
 
 
-def without_fee(price: float, fee: float) -> float:
-    """Remove the renter's fee from a price that includes it."""
-    return price / (1 + fee)
-
-
 def creation_fee_after(seconds: float, fee: float = CREATION_FEE) -> float:
     """Return the creation fee of an order that has run for ``seconds``: 0 before ten minutes."""
     return fee if seconds >= CREATION_FEE_AFTER else 0.0

@@ -93,9 +93,9 @@ class _Module:
                     self.needs.add(module.removeprefix(f"{PACKAGE}."))
             elif at_top or for_typing:
                 moved.append(node)
-                names = [alias.name for alias in node.names]
-                found = {(module, name) if module else (name, "") for name in names}
-                (self.typing_imports if for_typing else self.imports).update(found)
+                imported = self.typing_imports if for_typing else self.imports
+                for alias in node.names:
+                    imported.add((module, alias.name) if module else (alias.name, ""))
         self.text = _without(source, moved)
 
 
@@ -105,12 +105,9 @@ def write(folder: Path = FOLDER) -> str:
     Raises:
         ValueError: two modules define the same name.
     """
-    files = [
-        path
-        for path in sorted(folder.rglob("*.py"))
-        if not LEFT_OUT & {path.stem, *path.relative_to(folder).parts}
-    ]
-    modules = _in_order([_Module(folder, path) for path in files])
+    paths = sorted(folder.rglob("*.py"))
+    kept = (p for p in paths if LEFT_OUT.isdisjoint({p.stem, *p.relative_to(folder).parts}))
+    modules = _in_order([_Module(folder, path) for path in kept])
     _check_names(modules)
     version = re.findall(r'__version__ = "(.+)"', (folder / "config.py").read_text("utf-8"))[0]
     contents = "\n".join(
@@ -135,25 +132,21 @@ def _in_order(modules: list[_Module]) -> list[_Module]:
     by_name = {module.name: module for module in modules}
     ordered: dict[str, _Module] = {}
 
-    def place(module: _Module) -> None:
-        for name in sorted(module.needs - ordered.keys()):
-            place(by_name[name])
-        ordered[module.name] = module
+    def place(name: str) -> None:
+        for needed in sorted(by_name[name].needs - ordered.keys()):
+            place(needed)
+        ordered[name] = by_name[name]
 
-    for section in SECTIONS:
-        for name in sorted(by_name):
-            if name.split(".")[0] == section and name not in ordered:
-                place(by_name[name])
+    for name in sorted(by_name, key=lambda name: (SECTIONS.index(name.split(".")[0]), name)):
+        if name not in ordered:
+            place(name)
     return list(ordered.values())
 
 
 def _check_names(modules: list[_Module]) -> None:
     """Check that each name is defined in one module only, and hides no import."""
-    owners = {
-        name or module: "an import"
-        for part in modules
-        for module, name in part.imports | part.typing_imports
-    }
+    imports = set().union(*(part.imports | part.typing_imports for part in modules))
+    owners = {name or module: "an import" for module, name in imports}
     for module in modules:
         for name in sorted(module.defines):
             if name in owners:

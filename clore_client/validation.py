@@ -20,7 +20,6 @@ _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEADER_VALUE = r"(?!\s)[\t\x20-\x7e\x80-\xff]*"
 LONGEST_INTERVAL = 86_400.0  # seconds
 LONGEST_TIMEOUT = 1e9
-MAX_ID_DIGITS = 18
 MAX_PATH = 4095  # bytes of a local path
 MAX_PATH_PART = 255  # bytes of one name in it
 MAX_PASSWORD = 32
@@ -61,11 +60,8 @@ def check_id(name: str, value: Any) -> int:
     if isinstance(value, Mapping):
         raise TypeError(f"{name} must be a positive integer, not the whole record: pass its .id")
     check_type(name, value, "a positive integer", int, str)
-    if isinstance(value, str) or not 1 <= value < 10**MAX_ID_DIGITS:
-        raise ValueError(
-            f"{name} must be a positive integer of at most {MAX_ID_DIGITS} digits, "
-            f"not {short_repr(value)}"
-        )
+    if isinstance(value, str) or not 1 <= value < 10**18:
+        raise ValueError(f"{name} must be a positive integer below 10**18, not {short_repr(value)}")
     return int(value)
 
 
@@ -74,10 +70,7 @@ def check_order_id(name: str, value: Any) -> int:
     if not isinstance(value, Mapping):
         return check_id(name, value)
     if value.get("order_id") is None:
-        raise TypeError(
-            f"{name} must be an order or its number, and this record has no order_id: "
-            f"{short_repr(value)}"
-        )
+        raise TypeError(f"{name} is no order, as it has no order_id: {short_repr(value)}")
     return check_id(f"{name}['order_id']", value["order_id"])
 
 
@@ -149,10 +142,10 @@ def check_local_path(name: str, path: str | bytes | os.PathLike[Any]) -> None:
         )
 
 
-def check_callback(name: str, value: Any, arguments: int) -> None:
+def check_callback(name: str, value: Any, arguments: int = 1) -> Any:
     """Check a callback that will get this number of arguments; None is allowed."""
     if value is None:
-        return
+        return value
     if not callable(value):
         raise TypeError(f"{name} must be callable, not {short_repr(value)}")
     import inspect  # imported here, because it is slow and rarely needed
@@ -160,12 +153,13 @@ def check_callback(name: str, value: Any, arguments: int) -> None:
     try:
         signature = inspect.signature(value)
     except (ValueError, TypeError):  # a builtin function without a signature
-        return
+        return value
     try:
         signature.bind(*[None] * arguments)
     except TypeError:
         one = "one argument" if arguments == 1 else f"{arguments} arguments"
         raise TypeError(f"{name} must be callable with {one}, not {short_repr(value)}") from None
+    return value
 
 
 def check_string(name: str, value: Any) -> str:
@@ -210,12 +204,9 @@ def check_timeout(name: str, value: Any) -> Timeout:
             raise ValueError(
                 f"{name} must be seconds or a (connect, read) pair, not {short_repr(value)}"
             )
-        parts = [
-            None if v is None else _check_socket_timeout(f"{name}[{i}]", v)
-            for i, v in enumerate(value)
-        ]
-        return (parts[0], parts[1])
-    return None if value is None else _check_socket_timeout(name, value)
+        connect, read = (_check_seconds(f"{name}[{i}]", part) for i, part in enumerate(value))
+        return connect, read
+    return _check_seconds(name, value)
 
 
 def shortened(timeout: Timeout, longest: float) -> Timeout:
@@ -232,9 +223,9 @@ def longest_part(timeout: Timeout) -> float | None:
     return None if None in parts else max(part for part in parts if part is not None)
 
 
-def _check_socket_timeout(name: str, value: Any) -> float:
+def _check_seconds(name: str, value: Any) -> float | None:
     # A socket refuses a longer timeout.
-    return check_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")
+    return check_optional_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")
 
 
 def check_currency(name: str, value: Any) -> str:
@@ -264,9 +255,7 @@ def check_ports(name: str, value: Any) -> dict[str, str]:
         if not re.fullmatch(r"[0-9]{1,5}", digits) or not 1 <= int(digits) <= 65535:
             raise ValueError(f"{name}: a port must be 1 to 65535, not {short_repr(port)}")
         if protocol not in ("tcp", "http"):
-            raise ValueError(
-                f"{name}[{port!r}] must be 'tcp' or 'http', not {short_repr(protocol)}"
-            )
+            raise ValueError(f"{name}[{port!r}] must be tcp or http, not {short_repr(protocol)}")
         ports[str(int(digits))] = protocol
     return ports
 
@@ -284,10 +273,8 @@ def check_env(name: str, value: Any) -> dict[str, str]:
         if not isinstance(text, str):
             raise TypeError(f"{name}[{variable!r}] must be a string, not {type(text).__name__}")
         if len(text) > MAX_ENV_VALUE:
-            raise ValueError(
-                f"{name}[{variable!r}] must have at most {MAX_ENV_VALUE} characters, not "
-                f"{len(text)}"
-            )
+            size = f"{len(text)} characters, and {MAX_ENV_VALUE} are allowed"
+            raise ValueError(f"{name}[{variable!r}] has {size}")
         if re.search(_REFUSED_CHARACTERS, text):
             logger.warning(
                 "%s[%r] contains '&', a typographic quote or an emoji, which the live API can "

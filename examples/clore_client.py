@@ -128,6 +128,7 @@ import collections
 import contextlib
 import contextvars
 import copy
+import copyreg
 import email.utils
 import fnmatch
 import functools
@@ -336,9 +337,7 @@ def printable(text: str, limit: int = 2000) -> str:
     cut = text if len(text) <= limit else text[:limit] + "..."
     if cut.isprintable():
         return cut
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 def masked(value: Any, depth: int = 20) -> Any:
@@ -402,7 +401,9 @@ class CloreError(Exception):
         self.__dict__.update(details)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_restored, (type(self), self.args, self.__dict__))
+        # Without the arguments of the class, which differ by subclass.
+        state = {**self.__dict__, "args": self.args}
+        return copyreg.__newobj__, (type(self),), state  # type: ignore[attr-defined]
 
 
 def add_note(error: BaseException, note: str) -> None:
@@ -411,13 +412,6 @@ def add_note(error: BaseException, note: str) -> None:
         error.add_note(note)
     else:  # Python 3.10
         error.__notes__ = [*getattr(error, "__notes__", []), note]  # type: ignore[attr-defined,unused-ignore]
-
-
-def _restored(cls: type[CloreError], args: tuple[Any, ...], state: dict[str, Any]) -> CloreError:
-    error = cls.__new__(cls)
-    Exception.__init__(error, *args)
-    error.__dict__.update(state)
-    return error
 
 
 class ConfigurationError(CloreError, ValueError):
@@ -462,8 +456,8 @@ class OrderOutcomeUnknownError(OutcomeUnknownError):
         super().__init__(message, **{"credentials": {}, **details})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        restore, (cls, args, state) = super().__reduce__()
-        return restore, (cls, args, {**state, "credentials": {}})
+        make, arguments, state = super().__reduce__()
+        return make, arguments, {**state, "credentials": {}}
 
 
 class OrderNotFoundError(CloreError):
@@ -611,11 +605,9 @@ class CloreAPIError(CloreError):
         self.hint = hint
         if retryable is not None:
             self.retryable = retryable
-        text = self.error or ERROR_CODES.get(code) or f"Unknown error (code {code})"
-        envelope = redact(repr(masked(self.response)), secrets)
-        super().__init__(
-            f"Clore API Error {code}: {printable(text)} | response={printable(envelope)}"
-        )
+        text = printable(self.error or ERROR_CODES.get(code) or f"Unknown error (code {code})")
+        envelope = printable(redact(repr(masked(self.response)), secrets))
+        super().__init__(f"Clore API Error {code}: {text} | response={envelope}")
         if hint:
             self.add_hint(hint)
 
@@ -796,10 +788,8 @@ class CommandTimeoutError(SSHError, TimeoutError):
     """
 
     def __init__(self, command: str, timeout: float, stdout: str = "", stderr: str = "") -> None:
-        super().__init__(
-            f"{printable(command, 200)} did not end within {timeout:g}s, and was stopped"
-            f"{_tail(stderr)}"
-        )
+        text = f"{printable(command, 200)} did not end within {timeout:g}s, and was stopped"
+        super().__init__(text + _tail(stderr))
         self.command = command
         self.timeout = timeout
         self.stdout = stdout
@@ -929,11 +919,6 @@ def with_fee(price: float, fee: float) -> float:
     return price * (1 + fee)
 
 
-def without_fee(price: float, fee: float) -> float:
-    """Remove the renter's fee from a price that includes it."""
-    return price / (1 + fee)
-
-
 def creation_fee_after(seconds: float, fee: float = CREATION_FEE) -> float:
     """Return the creation fee of an order that has run for ``seconds``: 0 before ten minutes."""
     return fee if seconds >= CREATION_FEE_AFTER else 0.0
@@ -995,7 +980,6 @@ _HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEADER_VALUE = r"(?!\s)[\t\x20-\x7e\x80-\xff]*"
 LONGEST_INTERVAL = 86_400.0  # seconds
 LONGEST_TIMEOUT = 1e9
-MAX_ID_DIGITS = 18
 MAX_PATH = 4095  # bytes of a local path
 MAX_PATH_PART = 255  # bytes of one name in it
 MAX_PASSWORD = 32
@@ -1036,11 +1020,8 @@ def check_id(name: str, value: Any) -> int:
     if isinstance(value, Mapping):
         raise TypeError(f"{name} must be a positive integer, not the whole record: pass its .id")
     check_type(name, value, "a positive integer", int, str)
-    if isinstance(value, str) or not 1 <= value < 10**MAX_ID_DIGITS:
-        raise ValueError(
-            f"{name} must be a positive integer of at most {MAX_ID_DIGITS} digits, "
-            f"not {short_repr(value)}"
-        )
+    if isinstance(value, str) or not 1 <= value < 10**18:
+        raise ValueError(f"{name} must be a positive integer below 10**18, not {short_repr(value)}")
     return int(value)
 
 
@@ -1049,10 +1030,7 @@ def check_order_id(name: str, value: Any) -> int:
     if not isinstance(value, Mapping):
         return check_id(name, value)
     if value.get("order_id") is None:
-        raise TypeError(
-            f"{name} must be an order or its number, and this record has no order_id: "
-            f"{short_repr(value)}"
-        )
+        raise TypeError(f"{name} is no order, as it has no order_id: {short_repr(value)}")
     return check_id(f"{name}['order_id']", value["order_id"])
 
 
@@ -1124,10 +1102,10 @@ def check_local_path(name: str, path: str | bytes | os.PathLike[Any]) -> None:
         )
 
 
-def check_callback(name: str, value: Any, arguments: int) -> None:
+def check_callback(name: str, value: Any, arguments: int = 1) -> Any:
     """Check a callback that will get this number of arguments; None is allowed."""
     if value is None:
-        return
+        return value
     if not callable(value):
         raise TypeError(f"{name} must be callable, not {short_repr(value)}")
     import inspect  # imported here, because it is slow and rarely needed
@@ -1135,12 +1113,13 @@ def check_callback(name: str, value: Any, arguments: int) -> None:
     try:
         signature = inspect.signature(value)
     except (ValueError, TypeError):  # a builtin function without a signature
-        return
+        return value
     try:
         signature.bind(*[None] * arguments)
     except TypeError:
         one = "one argument" if arguments == 1 else f"{arguments} arguments"
         raise TypeError(f"{name} must be callable with {one}, not {short_repr(value)}") from None
+    return value
 
 
 def check_string(name: str, value: Any) -> str:
@@ -1185,12 +1164,9 @@ def check_timeout(name: str, value: Any) -> Timeout:
             raise ValueError(
                 f"{name} must be seconds or a (connect, read) pair, not {short_repr(value)}"
             )
-        parts = [
-            None if v is None else _check_socket_timeout(f"{name}[{i}]", v)
-            for i, v in enumerate(value)
-        ]
-        return (parts[0], parts[1])
-    return None if value is None else _check_socket_timeout(name, value)
+        connect, read = (_check_seconds(f"{name}[{i}]", part) for i, part in enumerate(value))
+        return connect, read
+    return _check_seconds(name, value)
 
 
 def shortened(timeout: Timeout, longest: float) -> Timeout:
@@ -1207,9 +1183,9 @@ def longest_part(timeout: Timeout) -> float | None:
     return None if None in parts else max(part for part in parts if part is not None)
 
 
-def _check_socket_timeout(name: str, value: Any) -> float:
+def _check_seconds(name: str, value: Any) -> float | None:
     # A socket refuses a longer timeout.
-    return check_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")
+    return check_optional_number(name, value, above=True, maximum=LONGEST_TIMEOUT, unit="seconds")
 
 
 def check_currency(name: str, value: Any) -> str:
@@ -1239,9 +1215,7 @@ def check_ports(name: str, value: Any) -> dict[str, str]:
         if not re.fullmatch(r"[0-9]{1,5}", digits) or not 1 <= int(digits) <= 65535:
             raise ValueError(f"{name}: a port must be 1 to 65535, not {short_repr(port)}")
         if protocol not in ("tcp", "http"):
-            raise ValueError(
-                f"{name}[{port!r}] must be 'tcp' or 'http', not {short_repr(protocol)}"
-            )
+            raise ValueError(f"{name}[{port!r}] must be tcp or http, not {short_repr(protocol)}")
         ports[str(int(digits))] = protocol
     return ports
 
@@ -1259,10 +1233,8 @@ def check_env(name: str, value: Any) -> dict[str, str]:
         if not isinstance(text, str):
             raise TypeError(f"{name}[{variable!r}] must be a string, not {type(text).__name__}")
         if len(text) > MAX_ENV_VALUE:
-            raise ValueError(
-                f"{name}[{variable!r}] must have at most {MAX_ENV_VALUE} characters, not "
-                f"{len(text)}"
-            )
+            size = f"{len(text)} characters, and {MAX_ENV_VALUE} are allowed"
+            raise ValueError(f"{name}[{variable!r}] has {size}")
         if re.search(_REFUSED_CHARACTERS, text):
             logger.warning(
                 "%s[%r] contains '&', a typographic quote or an emoji, which the live API can "
@@ -1512,14 +1484,11 @@ def key_ending(key: object) -> str:
 def _key_in_file() -> str | None:
     try:
         path = Path(CONFIG_FILE).expanduser()
-        text = path.read_text(encoding="utf-8")
-        mode = path.stat().st_mode
+        text, mode = path.read_bytes(), path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, RuntimeError):  # RuntimeError: no home directory
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            f"{CONFIG_FILE} can't be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
-        ) from None
+    except OSError as error:
+        raise ConfigurationError(f"{CONFIG_FILE} can't be read: {error.strerror}") from None
     try:
         config = json.loads(text)
     except (ValueError, RecursionError):
@@ -1531,9 +1500,7 @@ def _key_in_file() -> str | None:
         return None
     key = clean_key(config["api_key"], CONFIG_FILE)
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        warn_once(
-            f"{path} contains your API key, and other users can read it: run chmod 600 {path}"
-        )
+        warn_once(f"{path} has your API key, and other users can read it: run chmod 600 {path}")
     return key or None
 
 
@@ -1545,14 +1512,10 @@ def check_base_url(url: object, name: str) -> str:
         name: the argument or variable that has it, for the error.
     """
     if not isinstance(url, str):
-        raise TypeError(
-            f"{name} must be a string like 'https://api.clore.ai', not {type(url).__name__}"
-        )
+        raise TypeError(f"{name} must be a string, not {type(url).__name__}")
     if problem := _url_problem(url):
         # The URL is not shown, as it may contain a key.
-        raise ConfigurationError(
-            f"{name} must be a URL like https://api.clore.ai: this one {problem}"
-        )
+        raise ConfigurationError(f"{name} must be a URL like https://api.clore.ai: it {problem}")
     return url.rstrip("/")
 
 
@@ -1577,25 +1540,8 @@ def _url_problem(url: str) -> str | None:
 @functools.lru_cache(maxsize=64)
 def is_loopback(base_url: str) -> bool:
     """Return whether the host of a URL is this machine."""
-    return is_loopback_host(urlsplit(base_url).hostname or "")
-
-
-def check_key_may_go_to(base_url: str) -> None:
-    """Check that the key may be sent to a URL: over https, or to this machine."""
-    if not base_url.lower().startswith("https://") and not is_loopback(base_url):
-        host = printable(urlsplit(base_url).hostname or "", 100)
-        raise ConfigurationError(
-            f"base_url is not https (its host is {host}), so others could read the API key, and "
-            "nothing was sent: use an https URL"
-        )
-
-
-_DEFAULT_PORTS = {"http": 80, "https": 443}
-
-
-def is_loopback_host(host: str) -> bool:
-    """Return whether the host name or address in a URL is this machine."""
-    if host.lower() == "localhost":
+    host = urlsplit(base_url).hostname or ""
+    if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -1603,13 +1549,34 @@ def is_loopback_host(host: str) -> bool:
         return False
 
 
+def check_key_header(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:
+    """Return the key of a request, after a check that it is set and the URL is safe for it."""
+    key: str = headers.get("auth") or ""
+    if key:
+        key = headers["auth"] = clean_key(key, "the headers")
+        if not base_url.lower().startswith("https://") and not is_loopback(base_url):
+            host = printable(urlsplit(base_url).hostname or "", 100)
+            raise ConfigurationError(
+                f"base_url is not https (its host is {host}), so others could read the API key, "
+                "and nothing was sent: use an https URL"
+            )
+    elif needed:
+        raise AuthenticationError(
+            3,
+            endpoint=endpoint,
+            hint=f"there is no API key, so nothing was sent: pass api_key=..., set {KEY_VARIABLE}, "
+            f"or put the key into {CONFIG_FILE}",
+        )
+    return key
+
+
 @functools.lru_cache(maxsize=64)
 def canonical_url(base_url: str) -> str:
     """Return one spelling for all URLs of an API: ``HTTP://127.0.0.1`` is ``http://localhost``."""
     parts = urlsplit(base_url)
     scheme, host = parts.scheme.lower(), (parts.hostname or "").rstrip(".")
-    host = "localhost" if is_loopback_host(host) else host
-    port = parts.port or _DEFAULT_PORTS.get(scheme)
+    host = "localhost" if is_loopback(base_url) else host
+    port = parts.port or (443 if scheme == "https" else 80)
     return f"{scheme}://{host}:{port}{parts.path.rstrip('/')}"
 
 
@@ -1622,21 +1589,14 @@ def read_line(path: str) -> str:
         return ""
 
 
-def check_state_dir(name: str, value: Any) -> str | os.PathLike[str] | None:
-    """Check a state folder; None turns the journal off."""
-    if value is not None and not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"{name} must be a folder or None, not {type(value).__name__}")
-    if isinstance(value, str) and not value.strip():
-        raise ValueError(f"{name} must not be empty: None turns the journal off")
-    if value is not None:
-        check_local_path(name, value)
-    return value
-
-
-def state_folder(state_dir: str | os.PathLike[str] | None) -> Path | None:
-    """Return the absolute path of the state folder; None if it is turned off."""
+def state_folder(state_dir: Any) -> Path | None:
+    """Check the argument ``state_dir``, and return its absolute path; None if it is turned off."""
     if state_dir is None:
         return None
+    check_type("state_dir", state_dir, "a folder or None", str, os.PathLike)
+    if isinstance(state_dir, str) and not state_dir.strip():
+        raise ValueError("state_dir must not be empty: None turns the journal off")
+    check_local_path("state_dir", state_dir)
     if state_dir == DEFAULT_STATE_DIR:
         base = os.environ.get("XDG_STATE_HOME") or ""
         if not os.path.isabs(base):  # the XDG specification ignores relative paths
@@ -1678,28 +1638,19 @@ def lock_file(handle: int, patience: float = 0.0) -> bool:
     """
     deadline = time.monotonic() + patience
     pause = FIRST_LOCK_PAUSE
-    while not _try_to_lock(handle):
-        if time.monotonic() >= deadline:
-            return False
+    while True:
+        try:
+            set_lock(handle, locked=True)
+            return True
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() >= deadline:
+                return False
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_LOCK_PAUSE)
-    return True
 
 
-def _try_to_lock(handle: int) -> bool:
-    try:
-        _set_lock(handle, locked=True)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
-
-
-def unlock_file(handle: int) -> None:
-    """Unlock a file that :func:`lock_file` locked."""
-    _set_lock(handle, locked=False)
-
-
-def _set_lock(handle: int, locked: bool) -> None:
+def set_lock(handle: int, locked: bool) -> None:
+    """Lock an open file at once, or unlock it."""
     if os.name == "nt":
         import msvcrt
 
@@ -1713,19 +1664,20 @@ def _set_lock(handle: int, locked: bool) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB if locked else fcntl.LOCK_UN)
 
 
-def open_private(path: Path) -> tuple[int, bool]:
-    """Open a file for reading and writing, and return its descriptor and whether it is new.
+def open_private(path: Path) -> int:
+    """Open a file for reading and writing, and return its descriptor.
 
     The file and its folder are created if they are missing, for this user only.
 
     Raises:
         OSError: that is not possible, or it is a symlink.
     """
+    flags = SAFE_FLAGS | os.O_RDWR | os.O_CREAT
     try:
-        return os.open(path, SAFE_FLAGS | os.O_RDWR), False
+        return os.open(path, flags, 0o600)
     except FileNotFoundError:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return os.open(path, SAFE_FLAGS | os.O_RDWR | os.O_CREAT, 0o600), True
+        return os.open(path, flags, 0o600)
 
 
 @contextlib.contextmanager
@@ -1735,7 +1687,7 @@ def locked_path(path: Path, patience: float) -> Iterator[None]:
     Raises:
         OSError: another process holds it, or it can't be created.
     """
-    handle, _ = open_private(Path(f"{path}.lock"))
+    handle = open_private(Path(f"{path}.lock"))
     try:
         if not lock_file(handle, patience):
             raise OSError(f"{path}.lock is held by another process")
@@ -1913,17 +1865,13 @@ def text_of(record: Any, *path: str) -> str | None:
 
 def is_live(response: Mapping[str, Any]) -> bool:
     """Return whether a response with orders or a spot market is in the live form."""
-    for order in dicts(response.get("orders")):
-        if any(marker in order for marker in LIVE_ORDER_MARKERS):
-            return True
-    if "exists" in response:
+    orders, market = dicts(response.get("orders")), response.get("market")
+    if "exists" in response or any(m in order for order in orders for m in LIVE_ORDER_MARKERS):
         return True
-    market = response.get("market")
     if not isinstance(market, dict):
         return False
-    if any(marker in market for marker in LIVE_MARKET_MARKERS):
-        return True
-    return any("bid" in offer for offer in dicts(market.get("offers")))
+    offers = dicts(market.get("offers"))
+    return any(m in market for m in LIVE_MARKET_MARKERS) or any("bid" in offer for offer in offers)
 
 
 def whole_id(value: Any) -> int | None:
@@ -1941,7 +1889,8 @@ class Record(dict[str, Any]):
     A record that did not come from the API counts as documented, and is its own ``.wire``.
     """
 
-    _wire: dict[str, Any]
+    _wire: dict[str, Any] | None = None
+    _rates = ExchangeRates()  # empty; that of the client replaces it
     # The properties in a card and in a row of to_dicts(): numbers, text and bools.
     FIELDS: ClassVar[tuple[str, ...]] = ()
     SHOWN: ClassVar[tuple[str, ...]] = ()  # the properties in the repr; if empty, the FIELDS
@@ -1949,10 +1898,7 @@ class Record(dict[str, Any]):
     @property
     def wire(self) -> dict[str, Any]:
         """A copy of the record as the API sent it."""
-        try:
-            return copy.deepcopy(self._wire)
-        except AttributeError:
-            return dict(self)
+        return dict(self) if self._wire is None else copy.deepcopy(self._wire)
 
     def _like(self: R, items: Mapping[str, Any]) -> R:
         twin = type(self)(items)
@@ -1988,8 +1934,8 @@ class Record(dict[str, Any]):
 
     def __dir__(self) -> list[str]:
         """Return the properties, and the methods that read a dict."""
-        attributes = [pair for base in type(self).__mro__ for pair in vars(base).items()]
-        properties = [name for name, value in attributes if isinstance(value, property)]
+        names = super().__dir__()
+        properties = [n for n in names if isinstance(getattr(type(self), n, None), property)]
         return sorted({*properties, "copy", "get", "items", "keys", "values"})
 
     def __repr__(self) -> str:
@@ -2007,7 +1953,6 @@ class Wallet(Record):
     The live API calls the address ``deposit``; that field is kept too.
     """
 
-    _rates: ExchangeRates
     FIELDS = ("name", "balance", "balance_usd", "deposit_address")
 
     @property
@@ -2023,8 +1968,7 @@ class Wallet(Record):
     @property
     def balance_usd(self) -> float | None:
         """The balance in USD; None if the balance or the exchange rate is not known."""
-        rates = getattr(self, "_rates", None) or ExchangeRates()
-        return rates.usd(self.balance, self.name)
+        return self._rates.usd(self.balance, self.name)
 
     @property
     def deposit_address(self) -> str | None:
@@ -2114,12 +2058,11 @@ def is_mixed(record: dict[str, Any]) -> bool:
     return len(set(gpu_names(record))) > 1
 
 
-def gpu_label(record: dict[str, Any]) -> str | None:
-    """Return the count and name of the GPUs of a server or an order, or None."""
-    names = gpu_names(record)
-    if is_mixed(record):
-        return " + ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
-    return f"{count_gpus(record)}x {names[0]}" if names else None
+def _exchange_rate(price: Any, currency: str) -> float | None:
+    """Return USD for one unit of ``currency``, by an on-demand price in both; None if unknown."""
+    amount = positive(part_of(price, "on_demand", currency))
+    in_usd = positive(part_of(price, "usd", _USD_FIELDS.get(currency, "")))
+    return in_usd / amount if amount and in_usd else None
 
 
 def _live_spot_per_day(price: dict[str, Any]) -> float | None:
@@ -2127,8 +2070,7 @@ def _live_spot_per_day(price: dict[str, Any]) -> float | None:
 
     ``price.usd.spot`` is often 0, which means that it is in another field (seen on the live API).
     """
-    usd = price.get("usd")
-    if stated := positive(part_of(usd, "spot")):
+    if stated := positive(part_of(price, "usd", "spot")):
         return stated
     original = price.get("original_usd")
     if isinstance(original, dict):
@@ -2136,15 +2078,12 @@ def _live_spot_per_day(price: dict[str, Any]) -> float | None:
         others = [p for c in original if (p := positive(part_of(original, c, "spot")))]
         if clore or others:
             return clore or min(others)
-    spot, on_demand = price.get("spot"), price.get("on_demand")
-    if stated := positive(part_of(spot, "USD-Blockchain")):
+    if stated := positive(part_of(price, "spot", "USD-Blockchain")):
         return stated
-    for currency, usd_field in _USD_FIELDS.items():
-        # The on-demand price of the server in both currencies gives the exchange rate.
-        amount = positive(part_of(spot, currency))
-        same, in_usd = positive(part_of(on_demand, currency)), positive(part_of(usd, usd_field))
-        if amount and same and in_usd:
-            return amount * in_usd / same
+    for currency in _USD_FIELDS:
+        amount, rate = positive(part_of(price, "spot", currency)), _exchange_rate(price, currency)
+        if amount and rate:
+            return amount * rate
     return None
 
 
@@ -2156,15 +2095,13 @@ def price_in(server: Server, spot: bool, currency: str | None) -> float | None:
         spot: return the lowest spot bid that the host accepts.
         currency: the API's name; None takes the price of the documented form.
     """
-    price = None
-    if currency is not None and spot:
-        # Always per day: only the live form has this field.
-        per_day = positive(part_of(server, "price", "original_usd", currency, "spot"))
-        price = per_day and per_day / HOURS_PER_DAY
-    elif currency is not None:
-        price = positive(part_of(server, "price", "usd", _USD_FIELDS.get(currency, "")))
     # The documented form has one price for all currencies.
-    return price or (server.spot_usd_per_hour if spot else server.usd_per_hour)
+    if spot:
+        # Always per day: only the live form has this field.
+        per_day = positive(part_of(server, "price", "original_usd", currency or "", "spot"))
+        return per_day / HOURS_PER_DAY if per_day else server.spot_usd_per_hour
+    usd_field = _USD_FIELDS.get(currency or "", "on_demand_clore")
+    return positive(part_of(server, "price", "usd", usd_field)) or server.usd_per_hour
 
 
 def on_demand_usd(server: Server, currency: str) -> float | None:
@@ -2182,9 +2119,8 @@ def listed_rate(server: Server, currency: str) -> float | None:
     """Return USD for one unit of ``currency``, by the prices of one server; None if unknown."""
     if currency == "USD-Blockchain":
         return 1.0
-    amount = amount_per_hour(server, currency)
-    in_usd = positive(part_of(server, "price", "usd", _USD_FIELDS.get(currency, "")))
-    return in_usd / amount if amount and in_usd else None
+    rate = _exchange_rate(server.price, currency)
+    return rate and rate * HOURS_PER_DAY  # the price in USD is per hour, the other one per day
 
 
 def accepts(record: dict[str, Any], live: bool, currency: str) -> bool:
@@ -2199,20 +2135,10 @@ def accepts(record: dict[str, Any], live: bool, currency: str) -> bool:
     return not live or positive(part_of(record, "price", "on_demand", currency)) is not None
 
 
-@functools.lru_cache(maxsize=1024)
-def _parse_cores(text: str) -> int | None:
-    match = re.match(r"\s*([0-9]{1,6})(?![0-9])", text)
-    return int(match[1]) or None if match else None
-
-
 def version_parts(version: Any) -> tuple[int, int] | None:
     """Return a version such as ``"12.4"`` or 12.4 as two integers, or None."""
-    return _parse_version(version[:40] if isinstance(version, str) else str(finite(version)))
-
-
-@functools.lru_cache(maxsize=1024)
-def _parse_version(text: str) -> tuple[int, int] | None:
-    match = re.fullmatch(r"([0-9]{1,4})(?:\.([0-9]{1,4}))?(?:\.[0-9.]*)?", text.strip())
+    text = version[:40].strip() if isinstance(version, str) else str(finite(version))
+    match = re.fullmatch(r"([0-9]{1,4})(?:\.([0-9]{1,4}))?(?:\.[0-9.]*)?", text)
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
@@ -2235,7 +2161,10 @@ class GPURecord(Record):
     @property
     def gpu(self) -> str | None:
         """The count and name of its GPUs, such as ``"2x RTX 4090"``; of several models, all."""
-        return gpu_label(self)
+        names = gpu_names(self)
+        if is_mixed(self):
+            return " + ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
+        return f"{count_gpus(self)}x {names[0]}" if names else None
 
     @property
     def gpu_name(self) -> str | None:
@@ -2350,8 +2279,8 @@ class Server(GPURecord):
     @property
     def cpu_cores(self) -> int | None:
         """The number of CPU cores; the number of threads is usually twice as high."""
-        text = text_of(self, "specs", "cpus")
-        return None if text is None else _parse_cores(text[:LONGEST_TEXT])
+        match = re.match(r"\s*([0-9]{1,6})(?![0-9])", text_of(self, "specs", "cpus") or "")
+        return int(match[1]) or None if match else None
 
     @property
     def pcie_width(self) -> float | None:
@@ -2458,11 +2387,9 @@ class Marketplace:
             return
         self.prices[server_id] = usd
         if self.live and len(self.rates) < len(_USD_FIELDS):
-            for currency, usd_field in _USD_FIELDS.items():
-                amount = positive(part_of(record, "price", "on_demand", currency))
-                in_usd = positive(part_of(record, "price", "usd", usd_field))
-                if amount and in_usd:
-                    self.rates[currency] = in_usd / amount
+            for currency in _USD_FIELDS:
+                if rate := _exchange_rate(record["price"], currency):
+                    self.rates[currency] = rate
 
     def servers(self, *, include_rented: bool = False) -> list[Server]:
         """Return the servers in the documented form, in the API's order."""
@@ -2522,8 +2449,7 @@ class Order(GPURecord):
     unexpected type.
     """
 
-    _live: bool
-    _rates: ExchangeRates
+    _live: bool | None = None
     FIELDS = ("id", "server_id", "status", "gpu_name", "gpu_count", "price", "currency",
               "usd_per_hour", "cost_usd", "is_spot", "started_at", "image",
               "ssh_command")  # fmt: skip
@@ -2609,7 +2535,7 @@ class Order(GPURecord):
         """
         if "body" in self:  # a preview
             return finite(self.get("usd_per_hour"))
-        return self._exchange_rates().usd(self.get("price"), self.get("currency"))
+        return self._rates.usd(self.get("price"), self.get("currency"))
 
     @property
     def cost_usd(self) -> float | None:
@@ -2618,7 +2544,7 @@ class Order(GPURecord):
         The live API says what was spent. Without that, it is the price for the time since the
         start, and only known while the order is active.
         """
-        hourly, rate = finite(self.get("price")), self._exchange_rates().rate(self.get("currency"))
+        hourly, rate = finite(self.get("price")), self._rates.rate(self.get("currency"))
         spent = finite(self.get("spend"))
         if rate is None or hourly is None or hourly <= 0:
             return None
@@ -2635,11 +2561,9 @@ class Order(GPURecord):
     def fee_rate(self) -> float:
         """The renter's fee as a fraction of the price; the published one if it is not stated."""
         stated = finite(self.get("fee"))
-        valid = stated is not None and 0 <= stated <= 1
-        return stated if valid and stated is not None else published_fee(self.is_spot is True)
-
-    def _exchange_rates(self) -> ExchangeRates:
-        return getattr(self, "_rates", None) or ExchangeRates()
+        if stated is not None and 0 <= stated <= 1:
+            return stated
+        return published_fee(self.is_spot is True)
 
     @property
     def body(self) -> dict[str, Any] | None:
@@ -2650,7 +2574,7 @@ class Order(GPURecord):
     @property
     def is_live(self) -> bool | None:
         """True if it came in the live form; None if it did not come from the API."""
-        return getattr(self, "_live", None)
+        return self._live
 
     def _summary(self) -> dict[str, Any]:
         if self.body is None:
@@ -2659,11 +2583,8 @@ class Order(GPURecord):
 
     def _card(self) -> dict[str, Any]:
         started = utc_time(self.started_at)
-        return {
-            **super()._card(),
-            "started_at": started and f"{started} UTC",
-            "body": masked(self.body),
-        }
+        own = {"started_at": started and f"{started} UTC", "body": masked(self.body)}
+        return {**super()._card(), **own}
 
 
 def _live_host(record: dict[str, Any]) -> str:
@@ -2724,23 +2645,6 @@ def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str
     }
 
 
-def to_order(
-    record: dict[str, Any], live: bool, cancelled: Collection[int], rates: ExchangeRates
-) -> Order:
-    """Convert an order from the API to an :class:`Order`.
-
-    Parameters:
-        record: the order, as the API sent it.
-        live: whether the response is in the live form.
-        cancelled: ids of the orders that this client cancelled.
-        rates: the exchange rates for ``usd_per_hour``.
-    """
-    order = Order({**record, **_live_fields(record, cancelled)} if live else record)
-    order._wire, order._live = record, live
-    order._rates = rates
-    return order
-
-
 def set_listed_price(order: Order, usd_per_hour: float) -> None:
     """Set the exchange rate of an order from the listed on-demand price of its server."""
     if (price := positive(order.get("price"))) is not None:
@@ -2752,16 +2656,25 @@ def set_listed_price(order: Order, usd_per_hour: float) -> None:
 def to_orders(
     response: dict[str, Any], cancelled: Collection[int], rates: ExchangeRates
 ) -> list[Order]:
-    """Convert the orders of a response to the documented form."""
-    live = is_live(response)
-    return [to_order(r, live, cancelled, rates) for r in dicts(response.get("orders"))]
+    """Convert the orders of a response to the documented form.
+
+    Parameters:
+        response: the response with the list of orders.
+        cancelled: ids of the orders that this client cancelled.
+        rates: the exchange rates for ``usd_per_hour``.
+    """
+    live, orders = is_live(response), []
+    for record in dicts(response.get("orders")):
+        order = Order({**record, **_live_fields(record, cancelled)} if live else record)
+        order._wire, order._live, order._rates = record, live, rates
+        orders.append(order)
+    return orders
 
 
 def in_documented_form(order: Order) -> bool:
     """Return whether an order has a field that only the documented form has."""
-    return order.is_live is False and any(
-        name in order.wire for name in ("status", "connection", "renting_server")
-    )
+    names = {"status", "connection", "renting_server"}
+    return order.is_live is False and not names.isdisjoint(order.wire)
 
 
 def created_id(response: dict[str, Any]) -> int | None:
@@ -2813,13 +2726,13 @@ class Column(NamedTuple):
 
     Attributes:
         heading: its heading, with the unit.
-        text: returns the text of a record, or None.
+        value: returns the value of a record, or None.
         right: whether to align the column on the right, as numbers are.
         widest: the most characters of a cell; the rest is cut.
     """
 
     heading: str
-    text: Callable[[Any], str | None]
+    value: Callable[[Any], Any]
     right: bool = False
     widest: int = MAX_WIDTH
 
@@ -2848,16 +2761,17 @@ def utc_time(seconds: float | None) -> str | None:
         return None
 
 
-def cell_text(text: str | None, widest: int = MAX_WIDTH) -> str:
-    """Return the text of a cell on one line, in printable ASCII; the rest is escaped."""
-    plain = printable((text or "")[:widest].encode("ascii", "backslashreplace").decode())
-    cut = len(plain) > widest or len(text or "") > widest
+def cell_text(value: Any, widest: int = MAX_WIDTH) -> str:
+    """Return a value on one line, in printable ASCII; the rest is escaped."""
+    text = "" if value is None else str(value)
+    plain = printable(text[:widest].encode("ascii", "backslashreplace").decode())
+    cut = len(plain) > widest or len(text) > widest
     return re.sub(r"\\([xuU][0-9a-f]{0,7})?$", "", plain[: widest - 3]) + "..." if cut else plain
 
 
 def cells_of(records: Sequence[Any], columns: Sequence[Column]) -> list[tuple[Column, list[str]]]:
     """Return each column with its cells, without the columns that are empty."""
-    filled = [(c, [cell_text(c.text(record), c.widest) for record in records]) for c in columns]
+    filled = [(c, [cell_text(c.value(record), c.widest) for record in records]) for c in columns]
     return [(column, cells) for column, cells in filled if any(cells)]
 
 
@@ -2887,14 +2801,12 @@ def _rest(records: Sequence[Any]) -> list[str]:
     return [f"... and {more} more"] if more > 0 else []
 
 
-def html_table(
-    records: Sequence[Any], columns: Sequence[Column], dimmed: Callable[[Any], bool]
-) -> str:
+def html_table(records: Sequence[Any], columns: Sequence[Column], dimmed: str) -> str:
     """Return a table as HTML.
 
     Parameters:
         records, columns: as for :func:`text_table`.
-        dimmed: returns whether to show a record in a paler color.
+        dimmed: the property that shows a record in a paler color; empty for none.
     """
     from html import escape  # slow to import, and only notebooks need it
 
@@ -2910,7 +2822,7 @@ def html_table(
 
     head = row("th", (column.heading for column, _ in shown))
     body = "".join(
-        row("td", texts, DIMMED_STYLE if dimmed(record) else "")
+        row("td", texts, DIMMED_STYLE if getattr(record, dimmed, False) else "")
         for record, *texts in zip(records[:MAX_ROWS], *(cells for _, cells in shown), strict=True)
     )
     rest = "".join(f"<p>{line}</p>" for line in _rest(records))
@@ -2923,9 +2835,7 @@ def html_card(title: str, values: Iterable[tuple[str, Any]]) -> str:
     from html import escape
 
     def shown(value: Any) -> str:
-        if isinstance(value, float):
-            value = f"{value:.6g}"
-        return escape(cell_text(str(value), 120))
+        return escape(cell_text(f"{value:.6g}" if isinstance(value, float) else value, 120))
 
     rows = "".join(
         f'<tr><th style="{TEXT_STYLE}">{shown(name)}</th>'
@@ -2953,11 +2863,7 @@ class Listing(list[Item]):
     _things: ClassVar[str] = "records"
     _columns: ClassVar[tuple[Column, ...]] = ()
     _record: ClassVar[type[Record]] = Record
-
-    @staticmethod
-    def _dimmed(record: Any) -> bool:
-        """Return whether to show a record in a paler color."""
-        return False
+    _dimmed: ClassVar[str] = ""  # the property that shows a record in a paler color
 
     @overload
     def __getitem__(self, index: SupportsIndex, /) -> Item: ...
@@ -3032,8 +2938,6 @@ class Listing(list[Item]):
         Raises:
             ImportError: pandas is not installed.
         """
-        import importlib
-
         try:
             pandas = importlib.import_module("pandas")
         except ImportError as error:
@@ -3070,11 +2974,7 @@ def _number(heading: str, name: str, digits: int) -> Column:
 
 
 def _text(heading: str, name: str, **options: Any) -> Column:
-    def text(record: Any) -> str | None:
-        value = getattr(record, name)
-        return None if value is None else str(value)
-
-    return Column(heading, text, **options)
+    return Column(heading, attrgetter(name), **options)
 
 
 class ServerList(Listing[Server]):
@@ -3098,10 +2998,7 @@ class ServerList(Listing[Server]):
         _number("down Mbps", "download_mbps", 0),
         _text("CUDA", "cuda_version", right=True),
     )
-
-    @staticmethod
-    def _dimmed(record: Any) -> bool:
-        return bool(record.rented)
+    _dimmed = "rented"
 
 
 class OrderList(Listing[Order]):
@@ -3122,10 +3019,7 @@ class OrderList(Listing[Order]):
         _text("ssh", "ssh_command", widest=60),
         _text("image", "image", widest=60),
     )
-
-    @staticmethod
-    def _dimmed(record: Any) -> bool:
-        return bool(record.has_ended)
+    _dimmed = "has_ended"
 
 
 class WalletList(Listing[Wallet]):
@@ -3196,11 +3090,10 @@ def plot_server_prices(servers: Iterable[Server], path: str | os.PathLike[str] |
     models = prices_by_model(servers)
     try:
         # pyplot shows a figure by itself, in a notebook or a window; a file needs no window.
-        new_figure = (
-            importlib.import_module("matplotlib.figure").Figure
-            if path is not None
-            else importlib.import_module("matplotlib.pyplot").figure
-        )
+        if path is None:
+            new_figure = importlib.import_module("matplotlib.pyplot").figure
+        else:
+            new_figure = importlib.import_module("matplotlib.figure").Figure
     except ImportError as error:
         raise ImportError("plot_prices() needs matplotlib: pip install matplotlib") from error
     if not models:
@@ -3355,6 +3248,7 @@ class TransferResult:
         unchanged: the number of files that ``skip_unchanged`` left out.
         sent: with ``preview``, the names of the files that would be sent; also escaped.
         deleted: the names that ``delete`` removed, or would remove with ``preview``; also escaped.
+        deletes: the unescaped names in ``deleted``; None without ``delete``.
     """
 
     def __init__(
@@ -3378,12 +3272,7 @@ class TransferResult:
         self._is_preview = sent is not None
         self.sent = list(sent or ())
         self.deleted = [printable(os.fsdecode(name)) for name in deletes or ()]
-        self._deletes = deletes
-
-    @property
-    def deletes(self) -> Sequence[bytes] | None:
-        """The unescaped names in ``deleted``; None without ``delete``."""
-        return self._deletes
+        self.deletes = deletes
 
     def __repr__(self) -> str:
         preview, count = self._is_preview, len(self.deleted)
@@ -3456,26 +3345,15 @@ class Rules:
         self.__dict__.update(changes)
 
 
-POST_RULES = {
-    "create_order": Rules(spaced=True, logged=True),
-    "cancel_order": Rules(repeatable=True, urgent=True, logged=True),
-    "cancel_orders": Rules(repeatable=True, urgent=True, logged=True),
-    "set_spot_price": Rules(repeatable=True, logged=True),
+# By HTTP method and the last part of the endpoint.
+RULES = {
+    ("POST", "create_order"): Rules(spaced=True, logged=True),
+    ("POST", "cancel_order"): Rules(repeatable=True, urgent=True, logged=True),
+    ("POST", "cancel_orders"): Rules(repeatable=True, urgent=True, logged=True),
+    ("POST", "set_spot_price"): Rules(repeatable=True, logged=True),
+    ("GET", "marketplace"): Rules(needs_key=False, repeatable=True),
 }
-GET_RULES = {"marketplace": Rules(needs_key=False, repeatable=True)}
-OTHER_POST, OTHER_GET = Rules(), Rules(repeatable=True)
-
-
-def rules_for(method: str, name: str) -> Rules:
-    """Return the rules for a request.
-
-    Parameters:
-        method: the HTTP method.
-        name: the last part of the endpoint.
-    """
-    if method in ("GET", "HEAD"):
-        return GET_RULES.get(name, OTHER_GET)
-    return POST_RULES.get(name, OTHER_POST) if method == "POST" else OTHER_POST
+OTHER_READ, OTHER_CHANGE = Rules(repeatable=True), Rules()
 
 
 class Call:
@@ -3490,6 +3368,7 @@ class Call:
 
     Attributes:
         name: the last part of the endpoint, such as ``"create_order"``.
+        reads: whether the request only reads.
         settings: the arguments of ``Session.send``.
         key: the API key, or an empty string.
         secrets: the strings that no error may show.
@@ -3501,7 +3380,6 @@ class Call:
     """
 
     lists_servers = False
-    label = ""
 
     def __init__(
         self,
@@ -3522,31 +3400,32 @@ class Call:
         self.label = f"{method} {endpoint}"
         path = unquote(urlsplit(endpoint).path)
         self.name = path.rstrip("/").rsplit("/", 1)[-1].lower()
-        self.rules = rules_for(method, self.name)
+        self.reads = method in ("GET", "HEAD")
+        self.rules = RULES.get((method, self.name), OTHER_READ if self.reads else OTHER_CHANGE)
         self.urgent = self.rules.urgent or urgent
         all_headers = CaseInsensitiveDict(check_headers("headers", headers))
         if given_headers := options.pop("headers", None):
             all_headers.update(check_headers("headers", given_headers))
-        self.key = _check_key(all_headers, base_url, endpoint, self.rules.needs_key)
+        self.key = check_key_header(all_headers, base_url, endpoint, self.rules.needs_key)
         timeout = check_timeout("timeout", options.pop("timeout", timeout))
-        given = {k: options.pop(k, None) for k in ("proxies", "stream", "verify", "cert")}
+        verify, cert = options.pop("verify", None), options.pop("cert", None)
+        options.pop("stream", None)
+        proxies = dict(options.pop("proxies", None) or {})
+        if is_loopback(base_url):
+            # A proxy from the environment could read the key over plain http.
+            proxies = {"http": None, "https": None, "all": None, **proxies}
         self.request, secrets = _prepare_request(
-            session, method, base_url + endpoint, all_headers, params, json, options
-        )
-        self.settings = _send_settings(session, base_url, self.request, given)
-        self.settings["timeout"] = timeout
+            session, method=method, url=base_url + endpoint, headers=all_headers, params=params,
+            json=json, **options,
+        )  # fmt: skip
         self.secrets = (self.key, *secrets) if self.key else secrets
-
-    def __repr__(self) -> str:
-        return f"<Call {self.label}>"
-
-    @property
-    def repeatable(self) -> bool:
-        return self.rules.repeatable
+        # read_body() limits the size of a stream.
+        merged = session.merge_environment_settings(self.request.url, proxies, True, verify, cert)
+        self.settings: dict[str, Any] = {**merged, "allow_redirects": False, "timeout": timeout}
 
     def lost(self, cause: str) -> CloreError:
         """Make the error for a request that was sent and got no usable response."""
-        if self.repeatable:
+        if self.rules.repeatable:
             return CloreConnectionError(cause)
         if self.name == "create_order":
             return OrderOutcomeUnknownError(
@@ -3598,22 +3477,14 @@ def _check_method(method: str, options: dict[str, Any]) -> str:
 
 
 def _prepare_request(
-    session: requests.Session,
-    method: str,
-    url: str,
-    headers: Any,
-    params: Any,
-    json: Any,
-    options: dict[str, Any],
+    session: requests.Session, **arguments: Any
 ) -> tuple[requests.PreparedRequest, tuple[str, ...]]:
     """Return the request, and the secrets in its body."""
     # Without this, requests would send a password from ~/.netrc.
-    options.setdefault("auth", lambda request: request)
+    arguments.setdefault("auth", lambda request: request)
     try:
-        request = requests.Request(
-            method, url, headers=headers, params=params, json=json, **options
-        )
-        return session.prepare_request(request), tuple(dict.fromkeys(secrets_in(json)))
+        request = session.prepare_request(requests.Request(**arguments))
+        return request, tuple(dict.fromkeys(secrets_in(arguments["json"])))
     except requests.exceptions.InvalidJSONError as error:
         raise ValueError(f"json can't be encoded as JSON: {error}") from None
     except RecursionError:
@@ -3621,40 +3492,6 @@ def _prepare_request(
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"json, params or another argument can't be sent: {error}") from None
-
-
-def _send_settings(
-    session: requests.Session,
-    base_url: str,
-    request: requests.PreparedRequest,
-    given: dict[str, Any],
-) -> dict[str, Any]:
-    """Return the arguments of ``Session.send``, except the timeout."""
-    proxies = dict(given["proxies"] or {})
-    if is_loopback(base_url):
-        # A proxy from the environment could read the key over plain http.
-        proxies = {"http": None, "https": None, "all": None, **proxies}
-    merged = session.merge_environment_settings(
-        request.url, proxies, given["stream"], given["verify"], given["cert"]
-    )
-    # read_body() limits the size of a stream.
-    return {**merged, "allow_redirects": False, "stream": True}
-
-
-def _check_key(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:
-    """Return the key of a request, after a check that it is set and the URL is safe for it."""
-    key: str = headers.get("auth") or ""
-    if key:
-        key = headers["auth"] = clean_key(key, "the headers")
-        check_key_may_go_to(base_url)
-    elif needed:
-        raise AuthenticationError(
-            3,
-            endpoint=endpoint,
-            hint=f"there is no API key, so nothing was sent: pass api_key=..., set {KEY_VARIABLE}, "
-            f"or put the key into {CONFIG_FILE}",
-        )
-    return key
 
 
 # ==================================================================================================
@@ -3838,7 +3675,6 @@ class Sessions:
     def _forget(self) -> None:
         self._pid = os.getpid()
         self._for_reads: collections.deque[Session] = collections.deque()  # kept alive
-        self._for_changes: collections.deque[Session] = collections.deque()  # not connected
 
     def take(self, reads: bool) -> Session:
         """Return a session for one request.
@@ -3850,22 +3686,21 @@ class Sessions:
         if self._pid != os.getpid():
             self._forget()  # after a fork, two processes must not use one connection
         try:
-            return (self._for_reads if reads else self._for_changes).pop()
+            return self._for_reads.pop() if reads else Session(self._user_agent)
         except IndexError:
             return Session(self._user_agent)
 
-    def put_back(self, session: Session, reads: bool) -> None:
-        """Keep a session for another request."""
-        (self._for_reads if reads else self._for_changes).append(session)
+    def put_back(self, session: Session) -> None:
+        """Keep a session of a request that only reads for another one."""
+        self._for_reads.append(session)
 
     def close(self) -> None:
         """Close the connections that are not in use."""
         if self._pid != os.getpid():
             return
-        for sessions in (self._for_reads, self._for_changes):
-            with contextlib.suppress(IndexError):  # empty
-                while True:
-                    sessions.pop().close()
+        with contextlib.suppress(IndexError):  # empty
+            while True:
+                self._for_reads.pop().close()
 
 
 class UnusableResponseError(Exception):
@@ -3943,20 +3778,17 @@ PACE = {
 }
 
 
-class PauseTooLongError(Exception):
-    """The API asked for a pause that is longer than the caller's patience.
+class NotSentError(Exception):
+    """The request can't be sent in time.
 
     Attributes:
-        seconds: the rest of the pause.
+        pause: seconds that are left of a pause that the API asked for, if it is longer than the
+            caller's patience; None if the deadline is too early.
     """
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__(seconds)
-        self.seconds = seconds
-
-
-class DeadlinePassedError(Exception):
-    """The request can't be sent before its deadline."""
+    def __init__(self, pause: float | None) -> None:
+        super().__init__(pause)
+        self.pause = pause
 
 
 class Turn:
@@ -4057,8 +3889,14 @@ class Schedule:
     def poll(self, turn: Turn, now: float) -> PollResult:
         """Grant a send time, or return when to poll again."""
         self._correct(now)
-        own = self._own_ready(turn)
-        ready = self._ready(turn, own)
+        own = turn.not_before
+        if turn.spacing is not None:
+            name, seconds = turn.spacing
+            last, its_seconds = self.spaced.get(name, (-math.inf, 0.0))
+            own = max(own, last + max(seconds, its_seconds))
+        if not turn.urgent:
+            own = max(own, self.paused_until)
+        ready = max(own, self.last + max(self.interval, turn.interval) + turn.rank * self.gap)
         paused = 0.0 if turn.urgent else self.paused_until - now
         if self.waiting:
             self.waiting = {i: entry for i, entry in self.waiting.items() if entry[3] > now}
@@ -4104,17 +3942,6 @@ class Schedule:
         self.paused_until = min(self.paused_until, now + PACE["longest_pause"])
         for entry in self.spaced.values():
             entry[0] = min(entry[0], now + entry[1])
-
-    def _own_ready(self, turn: Turn) -> float:
-        ready = turn.not_before
-        if turn.spacing is not None:
-            name, seconds = turn.spacing
-            last, its_seconds = self.spaced.get(name, (-math.inf, 0.0))
-            ready = max(ready, last + max(seconds, its_seconds))
-        return ready if turn.urgent else max(ready, self.paused_until)
-
-    def _ready(self, turn: Turn, own: float) -> float:
-        return max(own, self.last + max(self.interval, turn.interval) + turn.rank * self.gap)
 
     def _record(self, turn: Turn, at: float) -> None:
         self.last, self.interval = at, turn.interval
@@ -4187,17 +4014,15 @@ class RateLimiter:
         """Wait until the request may be sent.
 
         Raises:
-            PauseTooLongError: the API asked for a pause that is longer than the turn's patience.
-            DeadlinePassedError: it can't be sent before ``deadline`` (monotonic time).
+            NotSentError: the API asked for a pause that is longer than the turn's patience, or the
+                request can't be sent before ``deadline`` (monotonic time).
         """
         turn.deadline = deadline
         while True:
             result: PollResult = self._store.apply("poll", turn)
             turn.slowed = result.slowed
-            if result.paused > turn.patience:
-                raise PauseTooLongError(result.paused)
             if result.too_late:
-                raise DeadlinePassedError
+                raise NotSentError(result.paused if result.paused > turn.patience else None)
             now = time.monotonic()
             if result.granted:
                 turn.sent_at = result.at
@@ -4245,7 +4070,6 @@ LIMIT_PREFIX = "rate-limit-"
 SCHEDULE_FORMAT = "json-1"
 LONGEST_SCHEDULE = 100_000  # bytes
 LIMIT_LOCK_PATIENCE = 0.5  # seconds; other processes lock the file for microseconds
-UNUSED_AFTER = 86_400.0  # seconds after which the file of a key is removed
 NUMBERS = ("last", "interval", "surplus", "gap", "paused_until")
 LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
 TRY_AGAIN = 5.0  # seconds after which a store that failed is tried again
@@ -4271,14 +4095,11 @@ class FileStore:
         """Run one step of the schedule."""
         try:
             with self._lock:
-                handle, created = open_private(self._path)
+                handle = open_private(self._path)
                 try:
-                    result = self._apply(handle, step, turn)
+                    return self._apply(handle, step, turn)
                 finally:
                     os.close(handle)
-                if created:
-                    remove_unused(self._path.parent)
-                return result
         except OSError as error:
             raise StoreUnavailableError(f"{self._path} can't be used: {error}") from error
 
@@ -4295,7 +4116,7 @@ class FileStore:
                 raise OSError("the disk is full")
             return result
         finally:
-            unlock_file(handle)  # a forked child may still have it open
+            set_lock(handle, locked=False)  # a forked child may still have it open
 
 
 def limit_name(account: str) -> str:
@@ -4343,16 +4164,6 @@ def _table(rows: dict[str, list[float]], columns: int) -> dict[str, list[float]]
     return {name: list(map(float, row)) for name, row in rows.items()}
 
 
-def remove_unused(folder: Path) -> None:
-    """Remove the files of keys that nobody has used for a day."""
-    before = time.time() - UNUSED_AFTER
-    with contextlib.suppress(OSError):
-        for path in folder.glob(f"{LIMIT_PREFIX}*"):
-            with contextlib.suppress(OSError):
-                if path.stat().st_mtime < before:
-                    path.unlink()
-
-
 class FallbackStore:
     """Use another store while the first one is not available.
 
@@ -4386,21 +4197,15 @@ class FallbackStore:
         try:
             result = self._first.apply(step, turn)
         except StoreUnavailableError as error:
-            self._fall_back(str(error))
+            if self._failed_at is None:
+                self._failed_at, self._failure = time.monotonic(), str(error)
+                text = "the rate limit is only shared %s, because %s"
+                logger.warning(text, self._second.level, self._failure)
             return self._second.apply(step, turn)
         if self._failed_at is not None:
             self._failed_at = None
             logger.info("the rate limit is shared again %s", self._first.level)
         return result
-
-    def _fall_back(self, failure: str) -> None:
-        now = time.monotonic()
-        self._next_try = now + TRY_AGAIN
-        if self._failed_at is not None:
-            return
-        self._failed_at, self._failure = now, failure
-        text = "the rate limit is only shared %s, because %s"
-        logger.warning(text, self._second.level, failure)
 
 
 def redis_server_for(rate_limiter: Any) -> RedisServer | None:
@@ -4563,9 +4368,17 @@ def redis_server(rate_limiter: Any, source: str) -> RedisServer:
             )
         return RedisServer(rate_limiter, f"{type(rate_limiter).__name__} {id(rate_limiter):x}")
     try:
-        client = _client_at(Secret(rate_limiter))
+        from redis import Redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
     except ImportError:
         raise ConfigurationError(f"{source} needs redis-py: pip install redis") from None
+    client: Any = None  # it connects on first use
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        client = Redis.from_url(
+            Secret(rate_limiter), socket_timeout=REDIS_TIMEOUT,
+            socket_connect_timeout=REDIS_TIMEOUT, retry=Retry(NoBackoff(), 0),
+        )  # fmt: skip
     if client is None:
         # The URL is not shown, as it may contain a password.
         raise ConfigurationError(
@@ -4575,28 +4388,8 @@ def redis_server(rate_limiter: Any, source: str) -> RedisServer:
     options = client.connection_pool.connection_kwargs
     place = options.get("path") or f"{options.get('host')}:{options.get('port', 6379)}"
     password = options.get("password")
-    return RedisServer(
-        client,
-        printable(f"{place}/{options.get('db') or 0}", 200),
-        (Secret(password),) if password else (),
-    )
-
-
-def _client_at(url: str) -> Any:
-    """Return a client that connects on first use; None if the URL is not valid."""
-    from redis import Redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
-    try:
-        return Redis.from_url(
-            url,
-            socket_timeout=REDIS_TIMEOUT,
-            socket_connect_timeout=REDIS_TIMEOUT,
-            retry=Retry(NoBackoff(), 0),
-        )
-    except (ValueError, TypeError, AttributeError):
-        return None
+    secrets = (Secret(password),) if password else ()
+    return RedisServer(client, printable(f"{place}/{options.get('db') or 0}", 200), secrets)
 
 
 class RedisStore:
@@ -4674,9 +4467,6 @@ UNKNOWN = "unknown"  # raise an OutcomeUnknownError; create_order looks for its 
 NOT_SENT = "not sent"
 RATE_LIMITED = "rate limited"
 NO_RESPONSE = "no response"
-BROKEN_BODY = "broken body"
-UNREADABLE_BODY = "unreadable body"
-UNAVAILABLE = "unavailable"
 UNCLEAR = "unclear"
 DATABASE_ERROR = "database error"
 REFUSED = "refused"
@@ -4685,11 +4475,10 @@ REFUSED = "refused"
 POLICY = {
     NOT_SENT: (RETRY, RETRY),  # connection refused, name not resolved, TLS
     RATE_LIMITED: (RETRY, RETRY),  # HTTP 429 or code 5
-    NO_RESPONSE: (RETRY, UNKNOWN),  # timeout, connection lost
-    BROKEN_BODY: (RETRY, UNKNOWN),  # HTTP 2xx with a body that is not JSON
-    UNREADABLE_BODY: (RAISE, UNKNOWN),  # too large, or in an unexpected encoding
-    UNAVAILABLE: (RETRY, UNKNOWN),  # HTTP 500, 502 ... without a code
-    UNCLEAR: (RAISE, UNKNOWN),  # other HTTP 5xx, and HTTP 2xx without a code
+    # Timeout, connection lost, HTTP 2xx with a body that is not JSON, HTTP 500 ... without a code.
+    NO_RESPONSE: (RETRY, UNKNOWN),
+    # Other HTTP 5xx, HTTP 2xx without a code, a body that is too large or in a wrong encoding.
+    UNCLEAR: (RAISE, UNKNOWN),
     DATABASE_ERROR: (RETRY, RAISE),  # code 1
     REFUSED: (RAISE, RAISE),  # any other error of the API, a redirect, 4xx
 }
@@ -4698,9 +4487,9 @@ REFUSAL_CODES = frozenset({3, 4})  # with these, the API did nothing, even with 
 LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that hit the rate limit
 
 
-def action_for(problem: str, repeatable: bool) -> str:
+def action_for(call: Call, problem: str) -> str:
     """Return what to do about a problem."""
-    return POLICY[problem][0 if repeatable else 1]
+    return POLICY[problem][0 if call.rules.repeatable else 1]
 
 
 def problem_of(status: int, decoded: Any, code: int | None) -> str:
@@ -4717,10 +4506,8 @@ def problem_of(status: int, decoded: Any, code: int | None) -> str:
         return DATABASE_ERROR
     if code in REFUSAL_CODES or (code == 6 and error_text(decoded)):
         return REFUSED
-    if code is None and status in UNAVAILABLE_STATUSES:
-        return UNAVAILABLE
-    if decoded is None and status < 300:
-        return BROKEN_BODY
+    if code is None and (status in UNAVAILABLE_STATUSES or (decoded is None and status < 300)):
+        return NO_RESPONSE
     return UNCLEAR if status >= 500 or (code is None and status < 300) else REFUSED
 
 
@@ -4739,17 +4526,13 @@ class Failure:
 
     Attributes:
         error: what to raise if it is not retried.
-        problem: why it failed.
         again: whether to retry.
+        rate_limited: whether the API refused it because of the rate limit.
     """
 
     def __init__(self, error: CloreError, problem: str, again: bool = False) -> None:
-        self.error, self.problem, self.again = error, problem, again
-
-    @property
-    def rate_limited(self) -> bool:
-        """Whether the API refused it because of the rate limit."""
-        return self.problem == RATE_LIMITED
+        self.error, self.again = error, again
+        self.rate_limited = problem == RATE_LIMITED
 
 
 def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str:
@@ -4788,7 +4571,7 @@ def classify_error(call: Call, error: Exception, sent_at: float | None) -> Failu
     kind = type(error) if isinstance(error, requests.RequestException) else requests.ConnectionError
     failed.__cause__ = kind(cause)
     problem = NOT_SENT if unsent else NO_RESPONSE
-    return Failure(failed, problem, action_for(problem, call.repeatable) == RETRY)
+    return Failure(failed, problem, action_for(call, problem) == RETRY)
 
 
 def classify_unusable(call: Call, response: requests.Response | None, reason: str) -> Failure:
@@ -4796,7 +4579,7 @@ def classify_unusable(call: Call, response: requests.Response | None, reason: st
     status = 0 if response is None else response.status_code
     about = _about(call, status)
     error = InvalidResponseError(-1, f"HTTP {status}: {reason}", retryable=False, **about)
-    return _failure(call, UNREADABLE_BODY, error, reason)
+    return _failure(call, UNCLEAR, error, reason)
 
 
 def classify(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
@@ -4815,11 +4598,11 @@ def classify(call: Call, response: requests.Response, body: bytes) -> Envelope |
         return _failure(call, problem, refused, "")
     if code is None:
         text, hint = _describe(call, response, body, decoded)
-        retryable = action_for(problem, call.repeatable) == RETRY
+        retryable = action_for(call, problem) == RETRY
         broken = InvalidResponseError(-1, text, envelope, hint=hint, retryable=retryable, **about)
         cause = (broken.error or "JSON without a code").removeprefix(f"HTTP {status}: ")
         return _failure(call, problem, broken, cause)
-    if problem == DATABASE_ERROR and not call.repeatable:  # ambiguous
+    if problem == DATABASE_ERROR and not call.rules.repeatable:  # ambiguous
         about["retryable"] = False
         about["hint"] = CREATE_ORDER_CODE_1 if call.name == "create_order" else None
     error = api_error(envelope, **about)
@@ -4831,7 +4614,7 @@ def _about(call: Call, status: int) -> dict[str, Any]:
 
 
 def _failure(call: Call, problem: str, error: CloreAPIError, cause: str) -> Failure:
-    action = action_for(problem, call.repeatable)
+    action = action_for(call, problem)
     if action != UNKNOWN:
         return Failure(error, problem, action == RETRY)
     lost = call.lost(f"HTTP {error.http_status}: {cause}")
@@ -4968,9 +4751,12 @@ class Retries:
                 )
             raise error
 
-    def not_sent(self, reason: DeadlinePassedError | PauseTooLongError) -> CloreError:
-        """Return the error for a request that could not be sent, or could not be retried."""
-        pause = reason.seconds if isinstance(reason, PauseTooLongError) else None
+    def not_sent(self, pause: float | None) -> CloreError:
+        """Return the error for a request that could not be sent, or could not be retried.
+
+        Parameters:
+            pause: the seconds of a pause that is too long; None if the deadline is too early.
+        """
         if self._last is not None:
             error = self._last.error
             error.retry_after = error.retry_after if pause is None else pause
@@ -5039,13 +4825,9 @@ def limited(
     """
     outer = _limits.get()
     limits = Limits(min(deadline, outer.deadline), urgent or outer.urgent, once or outer.once)
-
-    def run() -> Returned:
-        _limits.set(limits)
-        return call()
-
-    # In a copy of the context, an interrupt can't leave the limits set.
-    return contextvars.copy_context().run(run)
+    context = contextvars.copy_context()  # so that an interrupt can't leave the limits set
+    context.run(_limits.set, limits)
+    return context.run(call)
 
 
 def _user_agent(addition: str | None) -> str:
@@ -5091,11 +4873,9 @@ class HTTPClient:
         self.timeout = check_timeout("timeout", timeout)
         self.rate_limit = check_interval("rate_limit", rate_limit)
         self.max_retries = check_count("max_retries", max_retries, minimum=1)
-        self.create_order_interval = check_number(
-            "create_order_interval", create_order_interval, unit="seconds"
-        )
+        self.create_order_interval = check_interval("create_order_interval", create_order_interval)
         self.rate_limit_wait = check_interval("rate_limit_wait", rate_limit_wait)
-        self._state_folder = state_folder(check_state_dir("state_dir", state_dir))
+        self._state_folder = state_folder(state_dir)
         self._redis = redis_server_for(rate_limiter)
         self.backoff = check_interval("backoff", backoff)
         self.max_backoff = check_interval("max_backoff", max_backoff)
@@ -5224,22 +5004,17 @@ class HTTPClient:
     def _make(self, call: Call) -> Envelope:
         """Make an API call, with rate limit and retries."""
         limiter = self._limiter(call.base_url, call.key)
-        interval = self.create_order_interval
-        turn = Turn(
-            self.rate_limit,
-            urgent=call.urgent,
-            spacing=(call.name, interval) if call.rules.spaced else None,
-        )
+        spacing = (call.name, self.create_order_interval) if call.rules.spaced else None
+        turn = Turn(self.rate_limit, urgent=call.urgent, spacing=spacing)
         once = _limits.get().once
-        retries = Retries(
-            call, 1 if once else self.max_retries, 0.0 if once else self.rate_limit_wait
-        )
+        sends, patience = (1, 0.0) if once else (self.max_retries, self.rate_limit_wait)
+        retries = Retries(call, sends, patience)
         while True:
             turn.patience = retries.patience_left
             try:
                 outcome = self._send(call, limiter, turn)
-            except (DeadlinePassedError, PauseTooLongError) as reason:
-                raise retries.not_sent(reason) from None
+            except NotSentError as reason:
+                raise retries.not_sent(reason.pause) from None
             if isinstance(outcome, Envelope):
                 limiter.accepted(turn)
                 outcome.sends = retries.sends + 1
@@ -5264,7 +5039,7 @@ class HTTPClient:
             session, method, endpoint, params, json, options, base_url=self.base_url,
             headers=self.headers, timeout=self.timeout, urgent=_limits.get().urgent,
         )  # fmt: skip
-        self._sessions.put_back(session, reads=True)
+        self._sessions.put_back(session)
         return call
 
     def _delay(self, failure: Failure, retries: Retries, limiter: RateLimiter, turn: Turn) -> float:
@@ -5295,8 +5070,7 @@ class HTTPClient:
         self, call: Call, settings: dict[str, Any], started_at: float
     ) -> Envelope | Failure:
         """Send a request, and read and classify its response."""
-        reads = call.request.method in ("GET", "HEAD")
-        session = self._sessions.take(reads)
+        session = self._sessions.take(call.reads)
         response = None
         outcome: Envelope | Failure
         try:
@@ -5312,7 +5086,8 @@ class HTTPClient:
             outcome = self._classify(call, response, body, started_at)
         if isinstance(outcome, Failure) and response is not None:
             response.close()
-        self._sessions.put_back(session, reads)
+        if call.reads:
+            self._sessions.put_back(session)
         return outcome
 
     def _classify(
@@ -5443,9 +5218,7 @@ def check_filters(
             del checked[name]  # no limit
     exactly, least = checked.get("gpu_count"), checked.get("min_gpu_count")
     if exactly is not None and least is not None and exactly < least:
-        raise ValueError(
-            f"gpu_count={exactly} contradicts min_gpu_count={least}: leave one of them out"
-        )
+        raise ValueError(f"gpu_count={exactly} contradicts min_gpu_count={least}: leave one out")
     allowed = checked.get("countries")
     if allowed is not None and not allowed - checked.get("exclude_countries", frozenset()):
         raise ValueError("countries must have a country that exclude_countries does not name")
@@ -5456,9 +5229,8 @@ def _suggestion(name: str, method: Callable[..., Any] | None) -> str:
     import difflib  # imported here, because both are slow and rarely needed
     import inspect
 
-    own = () if method is None else inspect.signature(method).parameters
-    names = list(dict.fromkeys([*own, *_CHECKS]))
-    names = [known for known in names if known != "filters"]
+    own = {} if method is None else inspect.signature(method).parameters
+    names = [known for known in {**own, **_CHECKS} if known != "filters"]
     close = difflib.get_close_matches(name, names, 1)
     # Do not suggest max_price_per_gpu_usd for max_price: it would allow higher prices.
     if name.startswith("max_price") and "gpu" not in name and "max_price_usd" in names:
@@ -5482,19 +5254,12 @@ def _ids(name: str, values: Any) -> frozenset[int]:
     )
 
 
-def _function(name: str, value: Any) -> Any:
-    check_callback(name, value, 1)
-    return value
-
-
 def _sort(name: str, value: Any) -> Any:
     if callable(value):
-        return _function(name, value)
+        return check_callback(name, value)
     if value not in SORTS:
         kind = ValueError if isinstance(value, str) else TypeError
-        raise kind(
-            f"{name} must be one of {', '.join(SORTS)} or a function, not {short_repr(value)}"
-        )
+        raise kind(f"{name} must be one of {', '.join(SORTS)} or callable, not {short_repr(value)}")
     return value
 
 
@@ -5540,22 +5305,23 @@ def check_countries(name: str, values: Any) -> frozenset[str]:
     return frozenset(codes)
 
 
+_PRICE_LIMIT = partial(check_number, infinite=True, unit="USD per hour")
 _COUNTS = ("min_gpu_count", "min_cpu_cores", "min_pcie_width", "min_ratings")
-_NUMBERS = ("min_vram_gb", "min_total_vram_gb", "min_ram_gb", "min_disk_gb", "min_disk_mbps",
-            "min_download_mbps", "min_upload_mbps", "min_rental_hours")  # fmt: skip
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("gpu_count", "limit"), partial(check_count, minimum=1)),
+    **dict.fromkeys(("min_vram_gb", "min_total_vram_gb", *MINIMUMS), check_number),
     **dict.fromkeys(_COUNTS, check_count),
-    **dict.fromkeys(_NUMBERS, check_number),
     **dict.fromkeys(("exact_gpu", "include_fees"), check_bool),
     **dict.fromkeys(("countries", "exclude_countries"), check_countries),
     **dict.fromkeys(("exclude_servers", "exclude_owners"), _ids),
     "min_cuda": _cuda,
     "currency": check_currency,
     "min_rating": partial(check_number, maximum=HIGHEST_RATING),
-    "max_price_per_gpu_usd": partial(check_number, infinite=True, unit="USD per hour"),
+    "min_reliability": partial(check_number, maximum=100.0),
+    **dict.fromkeys(("max_price_usd", "max_price_per_gpu_usd"), _PRICE_LIMIT),
+    "gpu_type": check_string,
     "sort": _sort,
-    "where": _function,
+    "where": check_callback,
 }
 
 
@@ -5723,20 +5489,17 @@ class MarketData:
         """True if a response of the last minutes was certainly in the documented form."""
         return time.monotonic() - self._documented_at <= RATE_MAX_AGE
 
-    def observe(self, response: dict[str, Any]) -> None:
+    def observe(self, live: bool) -> None:
         """Record that the API uses the live form, if a response shows it."""
-        if is_live(response):
-            self.observe_live()
-
-    def observe_live(self) -> None:
-        """Record that the API uses the live form."""
-        self.live = True
-        self._documented_at = -math.inf
+        if live:
+            self.live = True
+            self._documented_at = -math.inf
 
     def observe_spot(self, response: dict[str, Any]) -> None:
         """Record the form and the exchange rates of a response to ``spot_marketplace``."""
-        self.observe(response)
-        if is_live(response):
+        live = is_live(response)
+        self.observe(live)
+        if live:
             self.rates.update(part_of(response, "market", "currency_rates_in_usd"))
         elif isinstance(response.get("market"), dict) and response["market"]:
             # An empty market shows nothing about the form.
@@ -5792,13 +5555,12 @@ class Market:
         """Read the list of servers."""
         marketplace = Marketplace(self._client._read_marketplace())
         data = self.data
-        if marketplace.live:
-            data.observe_live()
+        data.observe(marketplace.live)
         data.listed = marketplace.prices
         data.rates.update(marketplace.rates, display_only=True)
         return marketplace
 
-    def listing(self, max_age: float = 0.0) -> Marketplace:
+    def listing(self, max_age: float) -> Marketplace:
         """Return the list of servers, which may have been read up to ``max_age`` seconds ago."""
         data = self.data
         if data.kept is not None and time.monotonic() - data.kept[1] <= max_age:
@@ -5808,24 +5570,18 @@ class Market:
             data.kept = (marketplace, time.monotonic())
         return marketplace
 
-    def search(self, search: Search, max_age: float = 0.0) -> tuple[list[Server], SearchReport]:
-        """Return the servers that a search finds, and a report on the others."""
-        return search.run(self.listing(max_age))
-
     def read_spot(self, server_id: int) -> dict[str, Any]:
         """Read the spot market of a server."""
-        response = self._client._request(
-            "GET", "/v1/spot_marketplace", params={"market": server_id}
-        )
+        query = {"market": server_id}
+        response = self._client._request("GET", "/v1/spot_marketplace", params=query)
         self.data.observe_spot(response)
         return response
 
     def find_server(self, server_id: int) -> Server | None:
         """Return a server, rented or not, or None if it is not listed."""
         marketplace = self.read()
-        if server_id not in marketplace.ids:
-            return None
-        return marketplace[marketplace.ids.index(server_id)]
+        places = (n for n, number in enumerate(marketplace.ids) if number == server_id)
+        return next(map(marketplace.__getitem__, places), None)
 
     def get_server(self, server_id: int) -> Server:
         """Return a server, rented or not.
@@ -5923,12 +5679,12 @@ class HostHistory:
     """Remember which servers worked, in memory and in the state folder.
 
     Parameters:
-        folder: returns the state folder, or None if none is used.
+        folder: the state folder, or None if none is used.
         base_url: returns the base URL, because each API has its own servers.
     """
 
-    def __init__(self, folder: Callable[[], Path | None], base_url: Callable[[], str]) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None, base_url: Callable[[], str]) -> None:
+        self._path = folder and folder / HOST_HISTORY_FILE
         self._base_url = base_url
         self._here: dict[str, dict[str, Any]] = {}  # what this process has seen
 
@@ -5938,39 +5694,33 @@ class HostHistory:
             return
         name = f"{canonical_url(self._base_url())} {server_id}"
         self._here[name] = {"outcome": outcome, "time": time.time()}
-        if (folder := self._folder()) is None:
+        if self._path is None:
             return
-        path = folder / HOST_HISTORY_FILE
         try:
-            with locked_path(path, HISTORY_PATIENCE):
-                hosts = {**self._read(path), name: self._here[name]}
-                replace_file(path, json.dumps({"hosts": hosts}))
+            with locked_path(self._path, HISTORY_PATIENCE):
+                hosts = {**self._read(), name: self._here[name]}
+                replace_file(self._path, json.dumps({"hosts": hosts}))
         except OSError as error:
-            logger.debug("%s can't be written: %s", path, error)
+            logger.debug("%s can't be written: %s", self._path, error)
 
     def outcomes(self) -> dict[int, dict[str, Any]]:
         """Return ``outcome`` and ``time`` of each host of the last day, by server id."""
-        hosts = dict(self._here)
-        if (folder := self._folder()) is not None:
-            for name, seen in self._read(folder / HOST_HISTORY_FILE).items():
-                if name not in hosts or seen["time"] > hosts[name]["time"]:
-                    hosts[name] = seen
+        hosts = [*self._here.items(), *self._read().items()]
         found: dict[int, dict[str, Any]] = {}
-        for name, seen in hosts.items():
+        for name, seen in sorted(hosts, key=lambda host: host[1]["time"]):  # the newest counts
             url, _, server_id = name.rpartition(" ")
             if url == canonical_url(self._base_url()) and server_id.isdecimal() and _is_fresh(seen):
                 found[int(server_id)] = dict(seen)
         return found
 
-    @staticmethod
-    def _read(path: Path) -> dict[str, dict[str, Any]]:
+    def _read(self) -> dict[str, dict[str, Any]]:
         """Return the valid entries of the file of the last day."""
-        try:
-            hosts = read_state_file(path).get("hosts")
-        except FileNotFoundError:
+        if self._path is None:
             return {}
+        try:
+            hosts = read_state_file(self._path).get("hosts")
         except (OSError, ValueError, RecursionError) as error:
-            logger.debug("%s can't be read: %s", path, error)
+            logger.debug("%s can't be read: %s", self._path, error)
             return {}
         return {n: s for n, s in hosts.items() if _is_fresh(s)} if isinstance(hosts, dict) else {}
 
@@ -5989,10 +5739,9 @@ def _is_fresh(seen: Any) -> bool:
 # ==================================================================================================
 
 
-Check = Callable[[Server], bool]
+Check = Callable[[Server], object]  # true if a server passes
 
 RENTED = "being rented"  # the name of a filter that is always on
-LONGEST_LABEL = 200  # characters of a filter in a report
 ROUNDING_UP = 1 + 1e-12  # 8.4 / 24 is slightly above 0.35
 
 
@@ -6074,24 +5823,20 @@ class Search:
         currency: Any = None,
         method: Callable[..., Any] | None = None,
     ) -> None:
-        self.gpu_type = None if gpu_type is None else check_string("gpu_type", gpu_type)
-        self.max_price_usd = check_optional_number(
-            "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
-        )
-        check_number("min_reliability", min_reliability, maximum=100.0)
-        if 0 < min_reliability <= 1:
-            logger.warning(
-                "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
-            )
-        self.spot = check_bool("use_spot", use_spot)
-        self.fee = published_fee(self.spot)
-        given = {"currency": currency, **(filters or {})}
+        given = {
+            "gpu_type": gpu_type, "max_price_usd": max_price_usd, "currency": currency,
+            "min_reliability": min_reliability, **(filters or {}),
+        }  # fmt: skip
         self._given = {name: value for name, value in given.items() if value is not None}
         self._filters = check_filters(self._given, method)
-        numbers = {"min_reliability": min_reliability or None, "max_price_usd": max_price_usd}
-        for name, number in numbers.items():
-            if number is not None:
-                self._filters[name] = self._given[name] = number
+        self.gpu_type: str | None = self._filters.get("gpu_type")
+        self.max_price_usd: float | None = self._filters.get("max_price_usd")
+        if self._filters.get("min_reliability", 100.0) <= 1:
+            logger.warning("min_reliability=%g is almost no limit: it goes to 100", min_reliability)
+        self.spot = check_bool("use_spot", use_spot)
+        self.fee = published_fee(self.spot)
+        # What the price limits are compared with, as a multiple of the price.
+        self._with_fees = 1 + self.fee if self._filters.get("include_fees") else 1.0
         self.currency: str | None = self._filters.get("currency")
         self.server_id: int | None = None
         self.models: frozenset[str] | None = None
@@ -6107,9 +5852,7 @@ class Search:
         limit, each = self.max_price_usd, self._filters.get("max_price_per_gpu_usd")
         if each is not None:
             limit = min(math.inf if limit is None else limit, each * self.gpu_count(server))
-        if limit is not None and self._filters.get("include_fees"):
-            limit = without_fee(limit, self.fee)
-        return limit
+        return None if limit is None else limit / self._with_fees
 
     def gpu_count(self, server: Server) -> int:
         """Return the number of GPUs that match; of several models, only those count."""
@@ -6128,24 +5871,23 @@ class Search:
         free = [place for place in places if not marketplace.rented[place]]
         report.add(RENTED, len(places) - len(free))
         checks = self._checks(marketplace.live)
-        left_out = [0] * (len(checks) + 1)
+        by_check: list[list[int]] = [[] for _ in range(len(checks) + 1)]  # the places it left out
         fitting = []
         for place in free:
             server = marketplace[place]
             failed = _first_failed(checks, server)
-            left_out[failed] += 1
+            by_check[failed].append(place)
             if failed == len(checks):
                 fitting.append(server)
-        for (label, _), count in zip(checks, left_out, strict=False):
-            report.add(label, count)
+        for (label, _), left_out in zip(checks, by_check, strict=False):
+            report.add(label, len(left_out))
         found = self._where(fitting)
         report.add("where", len(fitting) - len(found))
         report.found = len(found)
         if not found and places:
-            last = max((n for n, count in enumerate(left_out) if count), default=None)
-            servers = (marketplace[place] for place in free or places)
-            dropped = [s for s in servers if last is None or _first_failed(checks, s) == last]
-            if last != len(checks):
+            last = next((group for group in reversed(by_check) if group), places)
+            dropped = [marketplace[place] for place in last]
+            if last is not by_check[-1]:
                 dropped = self._where(dropped)
             report.cheapest_usd_per_hour = self._lowest(dropped)
         return self._sorted(found)[: self._filters.get("limit")], report
@@ -6155,7 +5897,7 @@ class Search:
         if self.server_id is None:
             return range(len(marketplace))
         places = [n for n, number in enumerate(marketplace.ids) if number == self.server_id]
-        report.add(_label("server_id", self.server_id), len(marketplace) - len(places))
+        report.add(f"server_id={self.server_id}", len(marketplace) - len(places))
         return places
 
     def _with_gpu(
@@ -6170,25 +5912,27 @@ class Search:
         if not models:
             report.nearest_models = nearest_models(self.gpu_type, names)
         fitting = [place for place in places if not models.isdisjoint(marketplace.gpus[place])]
-        report.add(_label("gpu_type", self.gpu_type), len(places) - len(fitting))
+        report.add(f"gpu_type={short_repr(self.gpu_type)}", len(places) - len(fitting))
         return fitting
 
     def _checks(self, live: bool) -> list[tuple[str, Check]]:
         """Return the filters that are set, cheap ones first and the price limits last."""
-        makers: dict[str, Callable[[str, Any], Check]] = {
-            **dict.fromkeys(("exclude_servers", "exclude_owners"), _excluded_check),
-            "currency": lambda name, coin: lambda server: accepts(server, live, coin),
-            **dict.fromkeys(("countries", "exclude_countries"), _country_check),
-            "gpu_count": lambda name, count: lambda server: self.gpu_count(server) == count,
-            **dict.fromkeys(self._numbers(), self._minimum_check),
-            **dict.fromkeys(("max_price_per_gpu_usd", "max_price_usd"), self._price_check),
+        tests: dict[str, Callable[[Any, Server], object]] = {
+            "exclude_servers": lambda ids, s: s.id is not None and s.id not in ids,
+            "exclude_owners": lambda ids, s: s.owner_id is not None and s.owner_id not in ids,
+            "currency": lambda coin, s: accepts(s, live, coin),
+            "countries": lambda codes, s: s.country and s.country.upper() in codes,
+            "exclude_countries": lambda codes, s: s.country and s.country.upper() not in codes,
+            "gpu_count": lambda count, s: self.gpu_count(s) == count,
+            **{name: partial(_at_least, number) for name, number in self._numbers().items()},
+            "max_price_per_gpu_usd": lambda usd, s: self._costs_at_most(usd * self.gpu_count(s), s),
+            "max_price_usd": self._costs_at_most,
         }
-        checks: list[tuple[str, Check]] = []
-        for name, make in makers.items():
-            if name in self._filters:
-                check = make(name, self._filters[name])
-                checks.append((_label(name, self._given[name]), check))
-        return checks
+        return [
+            (f"{name}={short_repr(self._given[name])}", partial(test, self._filters[name]))
+            for name, test in tests.items()
+            if name in self._filters
+        ]
 
     def _numbers(self) -> dict[str, Callable[[Server], Any]]:
         """Return what each filter for a minimum compares; None is less than any minimum."""
@@ -6200,31 +5944,17 @@ class Search:
             "min_cuda": lambda s: version_parts(s.get("cuda_version")),
         }
 
-    def _minimum_check(self, name: str, least: Any) -> Check:
-        number = self._numbers()[name]
-        return lambda server: (value := number(server)) is not None and bool(value >= least)
-
-    def _price_check(self, name: str, limit: float) -> Check:
-        factor = 1 + self.fee if self._filters.get("include_fees") else 1.0
-        highest, each = limit * ROUNDING_UP, name == "max_price_per_gpu_usd"
-
-        def check(server: Server) -> bool:
-            price = self.price(server)
-            if price is None:
-                return False
-            return price * factor <= highest * (self.gpu_count(server) if each else 1)
-
-        return check
+    def _costs_at_most(self, limit: float, server: Server) -> bool:
+        price = self.price(server)
+        return price is not None and price * self._with_fees <= limit * ROUNDING_UP
 
     def _where(self, servers: list[Server]) -> list[Server]:
         where = self._filters.get("where")
         return servers if where is None else [s for s in servers if _call("where", where, s)]
 
     def _lowest(self, servers: Iterable[Server]) -> float | None:
-        prices = (self.price(server) for server in servers)
-        lowest = min((price for price in prices if price is not None), default=None)
-        fees = lowest is not None and self._filters.get("include_fees")
-        return with_fee(lowest, self.fee) if fees and lowest is not None else lowest
+        prices = [price for s in servers if (price := self.price(s)) is not None]
+        return min(prices) * self._with_fees if prices else None
 
     def _sorted(self, servers: list[Server]) -> list[Server]:
         """Sort servers; equal ones by price, then in the API's order."""
@@ -6242,18 +5972,9 @@ class Search:
         return sorted(by_price, key=key)
 
 
-def _country_check(name: str, codes: frozenset[str]) -> Check:
-    return lambda server: (
-        server.country is not None and ((server.country.upper() in codes) is (name == "countries"))
-    )
-
-
-def _excluded_check(name: str, ids: frozenset[int]) -> Check:
-    def check(server: Server) -> bool:
-        number = server.id if name == "exclude_servers" else server.owner_id
-        return number is not None and number not in ids
-
-    return check
+def _at_least(number: Callable[[Server], Any], least: Any, server: Server) -> bool:
+    value = number(server)
+    return value is not None and bool(value >= least)
 
 
 def _first_failed(checks: list[tuple[str, Check]], server: Server) -> int:
@@ -6262,13 +5983,6 @@ def _first_failed(checks: list[tuple[str, Check]], server: Server) -> int:
         if not check(server):
             return index
     return len(checks)
-
-
-def _label(name: str, value: Any) -> str:
-    try:
-        return printable(f"{name}={value!r}", LONGEST_LABEL)
-    except Exception:  # a class of the caller with a broken __repr__
-        return name
 
 
 def _call(name: str, function: Callable[[Server], Any], server: Server) -> Any:
@@ -6411,6 +6125,9 @@ def suggested_bid(market: SpotMarket, server: Any, margin: float) -> float | Non
 # ==================================================================================================
 
 
+Prices = tuple[float | None, float | None]  # USD per hour for one GPU: on demand, spot
+Listed = tuple[int, bool, Prices]  # a server: its GPUs of a model, whether it is free, its prices
+NO_PRICES: Prices = (None, None)
 HIGHEST_PERCENT = 100.0  # a higher fee is not valid
 
 
@@ -6430,27 +6147,6 @@ class ModelSummary(NamedTuple):
     spot_p90_usd: float | None
 
 
-class _Model:
-    """Count the servers, GPUs and prices of one model."""
-
-    def __init__(self) -> None:
-        self.servers = self.servers_free = self.gpus = self.gpus_free = 0
-        self.prices: tuple[list[float], list[float]] = ([], [])  # on demand and spot
-
-    def add(self, count: int, free: bool) -> None:
-        self.servers += 1
-        self.gpus += count
-        self.servers_free += free
-        self.gpus_free += count * free
-
-    def add_prices(self, server: Server, count: int) -> None:
-        for prices, usd in zip(
-            self.prices, (server.usd_per_hour, server.spot_usd_per_hour), strict=True
-        ):
-            if usd is not None:
-                prices.append(usd / count)
-
-
 def summarize(
     marketplace: Marketplace, *, include_rented: bool = False, include_fees: bool = False
 ) -> list[ModelSummary]:
@@ -6461,34 +6157,33 @@ def summarize(
         include_rented: include the prices of rented servers; the counts always have them.
         include_fees: add the published fees to the prices.
     """
-    models, spellings = dict[str, _Model](), Counter[str]()
+    models, spellings = dict[str, list[Listed]](), Counter[str]()
     for names, server in zip(marketplace.gpus, marketplace, strict=True):
         spellings.update(set(names))
         free = not server.rented
         folded = [fold_name(name) for name in names]
         for name in set(folded):
-            model = models.setdefault(name, _Model())
-            count = folded.count(name)
+            count, prices = folded.count(name), NO_PRICES
             if count == len(folded):  # all GPUs are of this model
                 count = server.gpu_count or count
                 if free or include_rented:
-                    model.add_prices(server, count)
-            model.add(count, free)
+                    usd = (server.usd_per_hour, server.spot_usd_per_hour)
+                    prices = (per_gpu(usd[0], count), per_gpu(usd[1], count))
+            models.setdefault(name, []).append((count, free, prices))
     shown = common_spellings(spellings)
-    rows = [_row(shown[model], found, include_fees) for model, found in models.items()]
+    rows = [_row(shown[model], listed, include_fees) for model, listed in models.items()]
     return sorted(rows, key=lambda row: (-row.gpus, row.gpu))
 
 
-def _row(gpu: str, model: _Model, include_fees: bool) -> ModelSummary:
+def _row(gpu: str, listed: list[Listed], include_fees: bool) -> ModelSummary:
     numbers: list[float | None] = []
     for spot in (False, True):
-        prices = sorted(model.prices[spot])
         fee = published_fee(spot) if include_fees else 0.0
-        for share in (0.0, 0.5, 0.9):
-            price = quantile(prices, share)
-            numbers.append(None if price is None else with_fee(price, fee))
-    counts = (model.servers, model.servers_free, model.gpus, model.gpus_free)
-    return ModelSummary(gpu, *counts, *numbers)
+        found = [price for _, _, prices in listed if (price := prices[spot]) is not None]
+        prices = sorted(with_fee(price, fee) for price in found)
+        numbers += [quantile(prices, share) for share in (0.0, 0.5, 0.9)]
+    gpus, free = [n for n, _, _ in listed], [n for n, is_free, _ in listed if is_free]
+    return ModelSummary(gpu, len(gpus), len(free), sum(gpus), sum(free), *numbers)
 
 
 def quantile(ordered: list[float], share: float) -> float | None:
@@ -6496,9 +6191,8 @@ def quantile(ordered: list[float], share: float) -> float | None:
     if not ordered:
         return None
     place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+    below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return below + (above - below) * (place % 1)
 
 
 class CostEstimate(NamedTuple):
@@ -6564,8 +6258,9 @@ def account_fees(
     """
     kind = "spot" if spot else "on_demand"
     percent = finite(part_of(response, "renter_fees", kind, "base", currency))
-    valid = percent is not None and 0 <= percent <= HIGHEST_PERCENT
-    fraction = percent / 100 if valid and percent is not None else published_fee(spot)
+    fraction = published_fee(spot)
+    if percent is not None and 0 <= percent <= HIGHEST_PERCENT:
+        fraction = percent / 100
     amount = finite(part_of(response, "creation_fees", kind, currency))
     if amount is None or amount < 0 or rate is None:
         return fraction, CREATION_FEE
@@ -6981,7 +6676,7 @@ class AccountOrders:
                 -1, "the response has no list of orders", response, endpoint="/v1/my_orders"
             )
         data = self.market.data
-        data.observe(response)
+        data.observe(is_live(response))
         orders = to_orders(response, self.cancelled, data.rates)
         self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
         self._record_ended({o.id for o in orders if o.id is not None and o.has_ended})
@@ -8420,7 +8115,7 @@ def candidates(
 
     The best come first, and hosts that failed in the last day come last.
     """
-    found, report = market.search(settings.search)
+    found, report = settings.search.run(market.read())
     if not found:
         server_id = settings.search.server_id
         why = report.explain() if server_id is None else _missing(server_id, report)
@@ -17079,7 +16774,7 @@ class CloreClient(HTTPClient):
         remembered = check_bool("remember_credentials", remember_credentials)
         credentials = Credentials(lambda: self._state_folder if remembered else None)
         self._orders = AccountOrders(self, self._market, credentials)
-        self._host_history = HostHistory(lambda: self._state_folder, lambda: self.base_url)
+        self._host_history = HostHistory(self._state_folder, lambda: self.base_url)
         self._ssh_access: SSHAccess | None = None  # made on first use, as it imports paramiko
 
     def __copy__(self: C) -> C:
@@ -17317,7 +17012,7 @@ class CloreClient(HTTPClient):
             gpu_type, max_price_usd, min_reliability, use_spot, filters, method=self.find_servers
         )
         check_number("cache_seconds", cache_seconds, unit="seconds")
-        found, report = self._market.search(search, cache_seconds)
+        found, report = search.run(self._market.listing(cache_seconds))
         servers = ServerList(found)
         servers.report = report
         return servers

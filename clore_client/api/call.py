@@ -11,16 +11,9 @@ from urllib.parse import unquote, urlsplit
 import requests
 from requests.structures import CaseInsensitiveDict
 
-from clore_client.config import (
-    CONFIG_FILE,
-    KEY_VARIABLE,
-    check_key_may_go_to,
-    clean_key,
-    is_loopback,
-)
+from clore_client.config import check_key_header, is_loopback
 from clore_client.errors import (
     SECRET_FIELDS,
-    AuthenticationError,
     CloreConnectionError,
     CloreError,
     OrderOutcomeUnknownError,
@@ -80,26 +73,15 @@ class Rules:
         self.__dict__.update(changes)
 
 
-POST_RULES = {
-    "create_order": Rules(spaced=True, logged=True),
-    "cancel_order": Rules(repeatable=True, urgent=True, logged=True),
-    "cancel_orders": Rules(repeatable=True, urgent=True, logged=True),
-    "set_spot_price": Rules(repeatable=True, logged=True),
+# By HTTP method and the last part of the endpoint.
+RULES = {
+    ("POST", "create_order"): Rules(spaced=True, logged=True),
+    ("POST", "cancel_order"): Rules(repeatable=True, urgent=True, logged=True),
+    ("POST", "cancel_orders"): Rules(repeatable=True, urgent=True, logged=True),
+    ("POST", "set_spot_price"): Rules(repeatable=True, logged=True),
+    ("GET", "marketplace"): Rules(needs_key=False, repeatable=True),
 }
-GET_RULES = {"marketplace": Rules(needs_key=False, repeatable=True)}
-OTHER_POST, OTHER_GET = Rules(), Rules(repeatable=True)
-
-
-def rules_for(method: str, name: str) -> Rules:
-    """Return the rules for a request.
-
-    Parameters:
-        method: the HTTP method.
-        name: the last part of the endpoint.
-    """
-    if method in ("GET", "HEAD"):
-        return GET_RULES.get(name, OTHER_GET)
-    return POST_RULES.get(name, OTHER_POST) if method == "POST" else OTHER_POST
+OTHER_READ, OTHER_CHANGE = Rules(repeatable=True), Rules()
 
 
 class Call:
@@ -114,6 +96,7 @@ class Call:
 
     Attributes:
         name: the last part of the endpoint, such as ``"create_order"``.
+        reads: whether the request only reads.
         settings: the arguments of ``Session.send``.
         key: the API key, or an empty string.
         secrets: the strings that no error may show.
@@ -125,7 +108,6 @@ class Call:
     """
 
     lists_servers = False
-    label = ""
 
     def __init__(
         self,
@@ -146,31 +128,32 @@ class Call:
         self.label = f"{method} {endpoint}"
         path = unquote(urlsplit(endpoint).path)
         self.name = path.rstrip("/").rsplit("/", 1)[-1].lower()
-        self.rules = rules_for(method, self.name)
+        self.reads = method in ("GET", "HEAD")
+        self.rules = RULES.get((method, self.name), OTHER_READ if self.reads else OTHER_CHANGE)
         self.urgent = self.rules.urgent or urgent
         all_headers = CaseInsensitiveDict(check_headers("headers", headers))
         if given_headers := options.pop("headers", None):
             all_headers.update(check_headers("headers", given_headers))
-        self.key = _check_key(all_headers, base_url, endpoint, self.rules.needs_key)
+        self.key = check_key_header(all_headers, base_url, endpoint, self.rules.needs_key)
         timeout = check_timeout("timeout", options.pop("timeout", timeout))
-        given = {k: options.pop(k, None) for k in ("proxies", "stream", "verify", "cert")}
+        verify, cert = options.pop("verify", None), options.pop("cert", None)
+        options.pop("stream", None)
+        proxies = dict(options.pop("proxies", None) or {})
+        if is_loopback(base_url):
+            # A proxy from the environment could read the key over plain http.
+            proxies = {"http": None, "https": None, "all": None, **proxies}
         self.request, secrets = _prepare_request(
-            session, method, base_url + endpoint, all_headers, params, json, options
-        )
-        self.settings = _send_settings(session, base_url, self.request, given)
-        self.settings["timeout"] = timeout
+            session, method=method, url=base_url + endpoint, headers=all_headers, params=params,
+            json=json, **options,
+        )  # fmt: skip
         self.secrets = (self.key, *secrets) if self.key else secrets
-
-    def __repr__(self) -> str:
-        return f"<Call {self.label}>"
-
-    @property
-    def repeatable(self) -> bool:
-        return self.rules.repeatable
+        # read_body() limits the size of a stream.
+        merged = session.merge_environment_settings(self.request.url, proxies, True, verify, cert)
+        self.settings: dict[str, Any] = {**merged, "allow_redirects": False, "timeout": timeout}
 
     def lost(self, cause: str) -> CloreError:
         """Make the error for a request that was sent and got no usable response."""
-        if self.repeatable:
+        if self.rules.repeatable:
             return CloreConnectionError(cause)
         if self.name == "create_order":
             return OrderOutcomeUnknownError(
@@ -222,22 +205,14 @@ def _check_method(method: str, options: dict[str, Any]) -> str:
 
 
 def _prepare_request(
-    session: requests.Session,
-    method: str,
-    url: str,
-    headers: Any,
-    params: Any,
-    json: Any,
-    options: dict[str, Any],
+    session: requests.Session, **arguments: Any
 ) -> tuple[requests.PreparedRequest, tuple[str, ...]]:
     """Return the request, and the secrets in its body."""
     # Without this, requests would send a password from ~/.netrc.
-    options.setdefault("auth", lambda request: request)
+    arguments.setdefault("auth", lambda request: request)
     try:
-        request = requests.Request(
-            method, url, headers=headers, params=params, json=json, **options
-        )
-        return session.prepare_request(request), tuple(dict.fromkeys(secrets_in(json)))
+        request = session.prepare_request(requests.Request(**arguments))
+        return request, tuple(dict.fromkeys(secrets_in(arguments["json"])))
     except requests.exceptions.InvalidJSONError as error:
         raise ValueError(f"json can't be encoded as JSON: {error}") from None
     except RecursionError:
@@ -245,37 +220,3 @@ def _prepare_request(
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"json, params or another argument can't be sent: {error}") from None
-
-
-def _send_settings(
-    session: requests.Session,
-    base_url: str,
-    request: requests.PreparedRequest,
-    given: dict[str, Any],
-) -> dict[str, Any]:
-    """Return the arguments of ``Session.send``, except the timeout."""
-    proxies = dict(given["proxies"] or {})
-    if is_loopback(base_url):
-        # A proxy from the environment could read the key over plain http.
-        proxies = {"http": None, "https": None, "all": None, **proxies}
-    merged = session.merge_environment_settings(
-        request.url, proxies, given["stream"], given["verify"], given["cert"]
-    )
-    # read_body() limits the size of a stream.
-    return {**merged, "allow_redirects": False, "stream": True}
-
-
-def _check_key(headers: Any, base_url: str, endpoint: str, needed: bool) -> str:
-    """Return the key of a request, after a check that it is set and the URL is safe for it."""
-    key: str = headers.get("auth") or ""
-    if key:
-        key = headers["auth"] = clean_key(key, "the headers")
-        check_key_may_go_to(base_url)
-    elif needed:
-        raise AuthenticationError(
-            3,
-            endpoint=endpoint,
-            hint=f"there is no API key, so nothing was sent: pass api_key=..., set {KEY_VARIABLE}, "
-            f"or put the key into {CONFIG_FILE}",
-        )
-    return key

@@ -195,7 +195,6 @@ class Sessions:
     def _forget(self) -> None:
         self._pid = os.getpid()
         self._for_reads: collections.deque[Session] = collections.deque()  # kept alive
-        self._for_changes: collections.deque[Session] = collections.deque()  # not connected
 
     def take(self, reads: bool) -> Session:
         """Return a session for one request.
@@ -207,22 +206,21 @@ class Sessions:
         if self._pid != os.getpid():
             self._forget()  # after a fork, two processes must not use one connection
         try:
-            return (self._for_reads if reads else self._for_changes).pop()
+            return self._for_reads.pop() if reads else Session(self._user_agent)
         except IndexError:
             return Session(self._user_agent)
 
-    def put_back(self, session: Session, reads: bool) -> None:
-        """Keep a session for another request."""
-        (self._for_reads if reads else self._for_changes).append(session)
+    def put_back(self, session: Session) -> None:
+        """Keep a session of a request that only reads for another one."""
+        self._for_reads.append(session)
 
     def close(self) -> None:
         """Close the connections that are not in use."""
         if self._pid != os.getpid():
             return
-        for sessions in (self._for_reads, self._for_changes):
-            with contextlib.suppress(IndexError):  # empty
-                while True:
-                    sessions.pop().close()
+        with contextlib.suppress(IndexError):  # empty
+            while True:
+                self._for_reads.pop().close()
 
 
 class UnusableResponseError(Exception):

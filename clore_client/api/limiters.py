@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -21,7 +20,7 @@ from clore_client.api.rate_limit import (
     StoreUnavailableError,
     Turn,
 )
-from clore_client.config import account_digest, lock_file, open_private, read_line, unlock_file
+from clore_client.config import account_digest, lock_file, open_private, read_line, set_lock
 from clore_client.errors import Secret
 from clore_client.log import logger
 from clore_client.process import this_process
@@ -34,7 +33,6 @@ LIMIT_PREFIX = "rate-limit-"
 SCHEDULE_FORMAT = "json-1"
 LONGEST_SCHEDULE = 100_000  # bytes
 LIMIT_LOCK_PATIENCE = 0.5  # seconds; other processes lock the file for microseconds
-UNUSED_AFTER = 86_400.0  # seconds after which the file of a key is removed
 NUMBERS = ("last", "interval", "surplus", "gap", "paused_until")
 LIMITER_VARIABLE = "CLORE_RATE_LIMITER"
 TRY_AGAIN = 5.0  # seconds after which a store that failed is tried again
@@ -60,14 +58,11 @@ class FileStore:
         """Run one step of the schedule."""
         try:
             with self._lock:
-                handle, created = open_private(self._path)
+                handle = open_private(self._path)
                 try:
-                    result = self._apply(handle, step, turn)
+                    return self._apply(handle, step, turn)
                 finally:
                     os.close(handle)
-                if created:
-                    remove_unused(self._path.parent)
-                return result
         except OSError as error:
             raise StoreUnavailableError(f"{self._path} can't be used: {error}") from error
 
@@ -84,7 +79,7 @@ class FileStore:
                 raise OSError("the disk is full")
             return result
         finally:
-            unlock_file(handle)  # a forked child may still have it open
+            set_lock(handle, locked=False)  # a forked child may still have it open
 
 
 def limit_name(account: str) -> str:
@@ -132,16 +127,6 @@ def _table(rows: dict[str, list[float]], columns: int) -> dict[str, list[float]]
     return {name: list(map(float, row)) for name, row in rows.items()}
 
 
-def remove_unused(folder: Path) -> None:
-    """Remove the files of keys that nobody has used for a day."""
-    before = time.time() - UNUSED_AFTER
-    with contextlib.suppress(OSError):
-        for path in folder.glob(f"{LIMIT_PREFIX}*"):
-            with contextlib.suppress(OSError):
-                if path.stat().st_mtime < before:
-                    path.unlink()
-
-
 class FallbackStore:
     """Use another store while the first one is not available.
 
@@ -175,21 +160,15 @@ class FallbackStore:
         try:
             result = self._first.apply(step, turn)
         except StoreUnavailableError as error:
-            self._fall_back(str(error))
+            if self._failed_at is None:
+                self._failed_at, self._failure = time.monotonic(), str(error)
+                text = "the rate limit is only shared %s, because %s"
+                logger.warning(text, self._second.level, self._failure)
             return self._second.apply(step, turn)
         if self._failed_at is not None:
             self._failed_at = None
             logger.info("the rate limit is shared again %s", self._first.level)
         return result
-
-    def _fall_back(self, failure: str) -> None:
-        now = time.monotonic()
-        self._next_try = now + TRY_AGAIN
-        if self._failed_at is not None:
-            return
-        self._failed_at, self._failure = now, failure
-        text = "the rate limit is only shared %s, because %s"
-        logger.warning(text, self._second.level, failure)
 
 
 def redis_server_for(rate_limiter: Any) -> RedisServer | None:

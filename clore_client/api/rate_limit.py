@@ -30,20 +30,17 @@ PACE = {
 }
 
 
-class PauseTooLongError(Exception):
-    """The API asked for a pause that is longer than the caller's patience.
+class NotSentError(Exception):
+    """The request can't be sent in time.
 
     Attributes:
-        seconds: the rest of the pause.
+        pause: seconds that are left of a pause that the API asked for, if it is longer than the
+            caller's patience; None if the deadline is too early.
     """
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__(seconds)
-        self.seconds = seconds
-
-
-class DeadlinePassedError(Exception):
-    """The request can't be sent before its deadline."""
+    def __init__(self, pause: float | None) -> None:
+        super().__init__(pause)
+        self.pause = pause
 
 
 class Turn:
@@ -144,8 +141,14 @@ class Schedule:
     def poll(self, turn: Turn, now: float) -> PollResult:
         """Grant a send time, or return when to poll again."""
         self._correct(now)
-        own = self._own_ready(turn)
-        ready = self._ready(turn, own)
+        own = turn.not_before
+        if turn.spacing is not None:
+            name, seconds = turn.spacing
+            last, its_seconds = self.spaced.get(name, (-math.inf, 0.0))
+            own = max(own, last + max(seconds, its_seconds))
+        if not turn.urgent:
+            own = max(own, self.paused_until)
+        ready = max(own, self.last + max(self.interval, turn.interval) + turn.rank * self.gap)
         paused = 0.0 if turn.urgent else self.paused_until - now
         if self.waiting:
             self.waiting = {i: entry for i, entry in self.waiting.items() if entry[3] > now}
@@ -191,17 +194,6 @@ class Schedule:
         self.paused_until = min(self.paused_until, now + PACE["longest_pause"])
         for entry in self.spaced.values():
             entry[0] = min(entry[0], now + entry[1])
-
-    def _own_ready(self, turn: Turn) -> float:
-        ready = turn.not_before
-        if turn.spacing is not None:
-            name, seconds = turn.spacing
-            last, its_seconds = self.spaced.get(name, (-math.inf, 0.0))
-            ready = max(ready, last + max(seconds, its_seconds))
-        return ready if turn.urgent else max(ready, self.paused_until)
-
-    def _ready(self, turn: Turn, own: float) -> float:
-        return max(own, self.last + max(self.interval, turn.interval) + turn.rank * self.gap)
 
     def _record(self, turn: Turn, at: float) -> None:
         self.last, self.interval = at, turn.interval
@@ -274,17 +266,15 @@ class RateLimiter:
         """Wait until the request may be sent.
 
         Raises:
-            PauseTooLongError: the API asked for a pause that is longer than the turn's patience.
-            DeadlinePassedError: it can't be sent before ``deadline`` (monotonic time).
+            NotSentError: the API asked for a pause that is longer than the turn's patience, or the
+                request can't be sent before ``deadline`` (monotonic time).
         """
         turn.deadline = deadline
         while True:
             result: PollResult = self._store.apply("poll", turn)
             turn.slowed = result.slowed
-            if result.paused > turn.patience:
-                raise PauseTooLongError(result.paused)
             if result.too_late:
-                raise DeadlinePassedError
+                raise NotSentError(result.paused if result.paused > turn.patience else None)
             now = time.monotonic()
             if result.granted:
                 turn.sent_at = result.at

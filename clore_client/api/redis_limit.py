@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -133,9 +134,17 @@ def redis_server(rate_limiter: Any, source: str) -> RedisServer:
             )
         return RedisServer(rate_limiter, f"{type(rate_limiter).__name__} {id(rate_limiter):x}")
     try:
-        client = _client_at(Secret(rate_limiter))
+        from redis import Redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
     except ImportError:
         raise ConfigurationError(f"{source} needs redis-py: pip install redis") from None
+    client: Any = None  # it connects on first use
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        client = Redis.from_url(
+            Secret(rate_limiter), socket_timeout=REDIS_TIMEOUT,
+            socket_connect_timeout=REDIS_TIMEOUT, retry=Retry(NoBackoff(), 0),
+        )  # fmt: skip
     if client is None:
         # The URL is not shown, as it may contain a password.
         raise ConfigurationError(
@@ -145,28 +154,8 @@ def redis_server(rate_limiter: Any, source: str) -> RedisServer:
     options = client.connection_pool.connection_kwargs
     place = options.get("path") or f"{options.get('host')}:{options.get('port', 6379)}"
     password = options.get("password")
-    return RedisServer(
-        client,
-        printable(f"{place}/{options.get('db') or 0}", 200),
-        (Secret(password),) if password else (),
-    )
-
-
-def _client_at(url: str) -> Any:
-    """Return a client that connects on first use; None if the URL is not valid."""
-    from redis import Redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
-    try:
-        return Redis.from_url(
-            url,
-            socket_timeout=REDIS_TIMEOUT,
-            socket_connect_timeout=REDIS_TIMEOUT,
-            retry=Retry(NoBackoff(), 0),
-        )
-    except (ValueError, TypeError, AttributeError):
-        return None
+    secrets = (Secret(password),) if password else ()
+    return RedisServer(client, printable(f"{place}/{options.get('db') or 0}", 200), secrets)
 
 
 class RedisStore:

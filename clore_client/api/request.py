@@ -16,7 +16,7 @@ import urllib3
 from clore_client.api.call import Call, Envelope
 from clore_client.api.connection import Sessions, UnusableResponseError, exchange, read_body
 from clore_client.api.limiters import limiter_for, redis_server_for
-from clore_client.api.rate_limit import DeadlinePassedError, PauseTooLongError, RateLimiter, Turn
+from clore_client.api.rate_limit import NotSentError, RateLimiter, Turn
 from clore_client.api.retry import (
     Failure,
     Retries,
@@ -30,7 +30,6 @@ from clore_client.config import (
     URL_VARIABLE,
     __version__,
     check_base_url,
-    check_state_dir,
     clean_key,
     find_key,
     key_ending,
@@ -91,13 +90,9 @@ def limited(
     """
     outer = _limits.get()
     limits = Limits(min(deadline, outer.deadline), urgent or outer.urgent, once or outer.once)
-
-    def run() -> Returned:
-        _limits.set(limits)
-        return call()
-
-    # In a copy of the context, an interrupt can't leave the limits set.
-    return contextvars.copy_context().run(run)
+    context = contextvars.copy_context()  # so that an interrupt can't leave the limits set
+    context.run(_limits.set, limits)
+    return context.run(call)
 
 
 def _user_agent(addition: str | None) -> str:
@@ -143,11 +138,9 @@ class HTTPClient:
         self.timeout = check_timeout("timeout", timeout)
         self.rate_limit = check_interval("rate_limit", rate_limit)
         self.max_retries = check_count("max_retries", max_retries, minimum=1)
-        self.create_order_interval = check_number(
-            "create_order_interval", create_order_interval, unit="seconds"
-        )
+        self.create_order_interval = check_interval("create_order_interval", create_order_interval)
         self.rate_limit_wait = check_interval("rate_limit_wait", rate_limit_wait)
-        self._state_folder = state_folder(check_state_dir("state_dir", state_dir))
+        self._state_folder = state_folder(state_dir)
         self._redis = redis_server_for(rate_limiter)
         self.backoff = check_interval("backoff", backoff)
         self.max_backoff = check_interval("max_backoff", max_backoff)
@@ -276,22 +269,17 @@ class HTTPClient:
     def _make(self, call: Call) -> Envelope:
         """Make an API call, with rate limit and retries."""
         limiter = self._limiter(call.base_url, call.key)
-        interval = self.create_order_interval
-        turn = Turn(
-            self.rate_limit,
-            urgent=call.urgent,
-            spacing=(call.name, interval) if call.rules.spaced else None,
-        )
+        spacing = (call.name, self.create_order_interval) if call.rules.spaced else None
+        turn = Turn(self.rate_limit, urgent=call.urgent, spacing=spacing)
         once = _limits.get().once
-        retries = Retries(
-            call, 1 if once else self.max_retries, 0.0 if once else self.rate_limit_wait
-        )
+        sends, patience = (1, 0.0) if once else (self.max_retries, self.rate_limit_wait)
+        retries = Retries(call, sends, patience)
         while True:
             turn.patience = retries.patience_left
             try:
                 outcome = self._send(call, limiter, turn)
-            except (DeadlinePassedError, PauseTooLongError) as reason:
-                raise retries.not_sent(reason) from None
+            except NotSentError as reason:
+                raise retries.not_sent(reason.pause) from None
             if isinstance(outcome, Envelope):
                 limiter.accepted(turn)
                 outcome.sends = retries.sends + 1
@@ -316,7 +304,7 @@ class HTTPClient:
             session, method, endpoint, params, json, options, base_url=self.base_url,
             headers=self.headers, timeout=self.timeout, urgent=_limits.get().urgent,
         )  # fmt: skip
-        self._sessions.put_back(session, reads=True)
+        self._sessions.put_back(session)
         return call
 
     def _delay(self, failure: Failure, retries: Retries, limiter: RateLimiter, turn: Turn) -> float:
@@ -347,8 +335,7 @@ class HTTPClient:
         self, call: Call, settings: dict[str, Any], started_at: float
     ) -> Envelope | Failure:
         """Send a request, and read and classify its response."""
-        reads = call.request.method in ("GET", "HEAD")
-        session = self._sessions.take(reads)
+        session = self._sessions.take(call.reads)
         response = None
         outcome: Envelope | Failure
         try:
@@ -364,7 +351,8 @@ class HTTPClient:
             outcome = self._classify(call, response, body, started_at)
         if isinstance(outcome, Failure) and response is not None:
             response.close()
-        self._sessions.put_back(session, reads)
+        if call.reads:
+            self._sessions.put_back(session)
         return outcome
 
     def _classify(

@@ -18,7 +18,6 @@ import requests
 
 from clore_client.api.call import Call, Envelope, unix_time
 from clore_client.api.connection import never_sent, reason_of
-from clore_client.api.rate_limit import DeadlinePassedError, PauseTooLongError
 from clore_client.errors import (
     CREATE_ORDER_CODE_1,
     CloreAPIError,
@@ -44,9 +43,6 @@ UNKNOWN = "unknown"  # raise an OutcomeUnknownError; create_order looks for its 
 NOT_SENT = "not sent"
 RATE_LIMITED = "rate limited"
 NO_RESPONSE = "no response"
-BROKEN_BODY = "broken body"
-UNREADABLE_BODY = "unreadable body"
-UNAVAILABLE = "unavailable"
 UNCLEAR = "unclear"
 DATABASE_ERROR = "database error"
 REFUSED = "refused"
@@ -55,11 +51,10 @@ REFUSED = "refused"
 POLICY = {
     NOT_SENT: (RETRY, RETRY),  # connection refused, name not resolved, TLS
     RATE_LIMITED: (RETRY, RETRY),  # HTTP 429 or code 5
-    NO_RESPONSE: (RETRY, UNKNOWN),  # timeout, connection lost
-    BROKEN_BODY: (RETRY, UNKNOWN),  # HTTP 2xx with a body that is not JSON
-    UNREADABLE_BODY: (RAISE, UNKNOWN),  # too large, or in an unexpected encoding
-    UNAVAILABLE: (RETRY, UNKNOWN),  # HTTP 500, 502 ... without a code
-    UNCLEAR: (RAISE, UNKNOWN),  # other HTTP 5xx, and HTTP 2xx without a code
+    # Timeout, connection lost, HTTP 2xx with a body that is not JSON, HTTP 500 ... without a code.
+    NO_RESPONSE: (RETRY, UNKNOWN),
+    # Other HTTP 5xx, HTTP 2xx without a code, a body that is too large or in a wrong encoding.
+    UNCLEAR: (RAISE, UNKNOWN),
     DATABASE_ERROR: (RETRY, RAISE),  # code 1
     REFUSED: (RAISE, RAISE),  # any other error of the API, a redirect, 4xx
 }
@@ -68,9 +63,9 @@ REFUSAL_CODES = frozenset({3, 4})  # with these, the API did nothing, even with 
 LONGEST_CANCEL_PAUSE = 30.0  # seconds between two cancels that hit the rate limit
 
 
-def action_for(problem: str, repeatable: bool) -> str:
+def action_for(call: Call, problem: str) -> str:
     """Return what to do about a problem."""
-    return POLICY[problem][0 if repeatable else 1]
+    return POLICY[problem][0 if call.rules.repeatable else 1]
 
 
 def problem_of(status: int, decoded: Any, code: int | None) -> str:
@@ -87,10 +82,8 @@ def problem_of(status: int, decoded: Any, code: int | None) -> str:
         return DATABASE_ERROR
     if code in REFUSAL_CODES or (code == 6 and error_text(decoded)):
         return REFUSED
-    if code is None and status in UNAVAILABLE_STATUSES:
-        return UNAVAILABLE
-    if decoded is None and status < 300:
-        return BROKEN_BODY
+    if code is None and (status in UNAVAILABLE_STATUSES or (decoded is None and status < 300)):
+        return NO_RESPONSE
     return UNCLEAR if status >= 500 or (code is None and status < 300) else REFUSED
 
 
@@ -109,17 +102,13 @@ class Failure:
 
     Attributes:
         error: what to raise if it is not retried.
-        problem: why it failed.
         again: whether to retry.
+        rate_limited: whether the API refused it because of the rate limit.
     """
 
     def __init__(self, error: CloreError, problem: str, again: bool = False) -> None:
-        self.error, self.problem, self.again = error, problem, again
-
-    @property
-    def rate_limited(self) -> bool:
-        """Whether the API refused it because of the rate limit."""
-        return self.problem == RATE_LIMITED
+        self.error, self.again = error, again
+        self.rate_limited = problem == RATE_LIMITED
 
 
 def excerpt(body: bytes, secrets: tuple[str, ...] = (), limit: int = 160) -> str:
@@ -158,7 +147,7 @@ def classify_error(call: Call, error: Exception, sent_at: float | None) -> Failu
     kind = type(error) if isinstance(error, requests.RequestException) else requests.ConnectionError
     failed.__cause__ = kind(cause)
     problem = NOT_SENT if unsent else NO_RESPONSE
-    return Failure(failed, problem, action_for(problem, call.repeatable) == RETRY)
+    return Failure(failed, problem, action_for(call, problem) == RETRY)
 
 
 def classify_unusable(call: Call, response: requests.Response | None, reason: str) -> Failure:
@@ -166,7 +155,7 @@ def classify_unusable(call: Call, response: requests.Response | None, reason: st
     status = 0 if response is None else response.status_code
     about = _about(call, status)
     error = InvalidResponseError(-1, f"HTTP {status}: {reason}", retryable=False, **about)
-    return _failure(call, UNREADABLE_BODY, error, reason)
+    return _failure(call, UNCLEAR, error, reason)
 
 
 def classify(call: Call, response: requests.Response, body: bytes) -> Envelope | Failure:
@@ -185,11 +174,11 @@ def classify(call: Call, response: requests.Response, body: bytes) -> Envelope |
         return _failure(call, problem, refused, "")
     if code is None:
         text, hint = _describe(call, response, body, decoded)
-        retryable = action_for(problem, call.repeatable) == RETRY
+        retryable = action_for(call, problem) == RETRY
         broken = InvalidResponseError(-1, text, envelope, hint=hint, retryable=retryable, **about)
         cause = (broken.error or "JSON without a code").removeprefix(f"HTTP {status}: ")
         return _failure(call, problem, broken, cause)
-    if problem == DATABASE_ERROR and not call.repeatable:  # ambiguous
+    if problem == DATABASE_ERROR and not call.rules.repeatable:  # ambiguous
         about["retryable"] = False
         about["hint"] = CREATE_ORDER_CODE_1 if call.name == "create_order" else None
     error = api_error(envelope, **about)
@@ -201,7 +190,7 @@ def _about(call: Call, status: int) -> dict[str, Any]:
 
 
 def _failure(call: Call, problem: str, error: CloreAPIError, cause: str) -> Failure:
-    action = action_for(problem, call.repeatable)
+    action = action_for(call, problem)
     if action != UNKNOWN:
         return Failure(error, problem, action == RETRY)
     lost = call.lost(f"HTTP {error.http_status}: {cause}")
@@ -338,9 +327,12 @@ class Retries:
                 )
             raise error
 
-    def not_sent(self, reason: DeadlinePassedError | PauseTooLongError) -> CloreError:
-        """Return the error for a request that could not be sent, or could not be retried."""
-        pause = reason.seconds if isinstance(reason, PauseTooLongError) else None
+    def not_sent(self, pause: float | None) -> CloreError:
+        """Return the error for a request that could not be sent, or could not be retried.
+
+        Parameters:
+            pause: the seconds of a pause that is too long; None if the deadline is too early.
+        """
         if self._last is not None:
             error = self._last.error
             error.retry_after = error.retry_after if pause is None else pause

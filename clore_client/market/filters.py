@@ -109,9 +109,7 @@ def check_filters(
             del checked[name]  # no limit
     exactly, least = checked.get("gpu_count"), checked.get("min_gpu_count")
     if exactly is not None and least is not None and exactly < least:
-        raise ValueError(
-            f"gpu_count={exactly} contradicts min_gpu_count={least}: leave one of them out"
-        )
+        raise ValueError(f"gpu_count={exactly} contradicts min_gpu_count={least}: leave one out")
     allowed = checked.get("countries")
     if allowed is not None and not allowed - checked.get("exclude_countries", frozenset()):
         raise ValueError("countries must have a country that exclude_countries does not name")
@@ -122,9 +120,8 @@ def _suggestion(name: str, method: Callable[..., Any] | None) -> str:
     import difflib  # imported here, because both are slow and rarely needed
     import inspect
 
-    own = () if method is None else inspect.signature(method).parameters
-    names = list(dict.fromkeys([*own, *_CHECKS]))
-    names = [known for known in names if known != "filters"]
+    own = {} if method is None else inspect.signature(method).parameters
+    names = [known for known in {**own, **_CHECKS} if known != "filters"]
     close = difflib.get_close_matches(name, names, 1)
     # Do not suggest max_price_per_gpu_usd for max_price: it would allow higher prices.
     if name.startswith("max_price") and "gpu" not in name and "max_price_usd" in names:
@@ -148,19 +145,12 @@ def _ids(name: str, values: Any) -> frozenset[int]:
     )
 
 
-def _function(name: str, value: Any) -> Any:
-    check_callback(name, value, 1)
-    return value
-
-
 def _sort(name: str, value: Any) -> Any:
     if callable(value):
-        return _function(name, value)
+        return check_callback(name, value)
     if value not in SORTS:
         kind = ValueError if isinstance(value, str) else TypeError
-        raise kind(
-            f"{name} must be one of {', '.join(SORTS)} or a function, not {short_repr(value)}"
-        )
+        raise kind(f"{name} must be one of {', '.join(SORTS)} or callable, not {short_repr(value)}")
     return value
 
 
@@ -206,22 +196,23 @@ def check_countries(name: str, values: Any) -> frozenset[str]:
     return frozenset(codes)
 
 
+_PRICE_LIMIT = partial(check_number, infinite=True, unit="USD per hour")
 _COUNTS = ("min_gpu_count", "min_cpu_cores", "min_pcie_width", "min_ratings")
-_NUMBERS = ("min_vram_gb", "min_total_vram_gb", "min_ram_gb", "min_disk_gb", "min_disk_mbps",
-            "min_download_mbps", "min_upload_mbps", "min_rental_hours")  # fmt: skip
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("gpu_count", "limit"), partial(check_count, minimum=1)),
+    **dict.fromkeys(("min_vram_gb", "min_total_vram_gb", *MINIMUMS), check_number),
     **dict.fromkeys(_COUNTS, check_count),
-    **dict.fromkeys(_NUMBERS, check_number),
     **dict.fromkeys(("exact_gpu", "include_fees"), check_bool),
     **dict.fromkeys(("countries", "exclude_countries"), check_countries),
     **dict.fromkeys(("exclude_servers", "exclude_owners"), _ids),
     "min_cuda": _cuda,
     "currency": check_currency,
     "min_rating": partial(check_number, maximum=HIGHEST_RATING),
-    "max_price_per_gpu_usd": partial(check_number, infinite=True, unit="USD per hour"),
+    "min_reliability": partial(check_number, maximum=100.0),
+    **dict.fromkeys(("max_price_usd", "max_price_per_gpu_usd"), _PRICE_LIMIT),
+    "gpu_type": check_string,
     "sort": _sort,
-    "where": _function,
+    "where": check_callback,
 }
 
 

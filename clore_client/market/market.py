@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from clore_client.api.request import limited
 from clore_client.config import canonical_url, locked_path, read_state_file, replace_file
@@ -16,9 +16,6 @@ from clore_client.log import logger
 from clore_client.models.record import is_live, part_of
 from clore_client.models.server import Marketplace, Server
 from clore_client.pricing import RATE_MAX_AGE, ExchangeRates, bid_per_day, finite, positive
-
-if TYPE_CHECKING:
-    from clore_client.market.search import Search, SearchReport
 
 # A bid above this is probably a price per day, which is 24 times too high.
 MAX_TIMES_ON_DEMAND = 10.0
@@ -69,20 +66,17 @@ class MarketData:
         """True if a response of the last minutes was certainly in the documented form."""
         return time.monotonic() - self._documented_at <= RATE_MAX_AGE
 
-    def observe(self, response: dict[str, Any]) -> None:
+    def observe(self, live: bool) -> None:
         """Record that the API uses the live form, if a response shows it."""
-        if is_live(response):
-            self.observe_live()
-
-    def observe_live(self) -> None:
-        """Record that the API uses the live form."""
-        self.live = True
-        self._documented_at = -math.inf
+        if live:
+            self.live = True
+            self._documented_at = -math.inf
 
     def observe_spot(self, response: dict[str, Any]) -> None:
         """Record the form and the exchange rates of a response to ``spot_marketplace``."""
-        self.observe(response)
-        if is_live(response):
+        live = is_live(response)
+        self.observe(live)
+        if live:
             self.rates.update(part_of(response, "market", "currency_rates_in_usd"))
         elif isinstance(response.get("market"), dict) and response["market"]:
             # An empty market shows nothing about the form.
@@ -138,13 +132,12 @@ class Market:
         """Read the list of servers."""
         marketplace = Marketplace(self._client._read_marketplace())
         data = self.data
-        if marketplace.live:
-            data.observe_live()
+        data.observe(marketplace.live)
         data.listed = marketplace.prices
         data.rates.update(marketplace.rates, display_only=True)
         return marketplace
 
-    def listing(self, max_age: float = 0.0) -> Marketplace:
+    def listing(self, max_age: float) -> Marketplace:
         """Return the list of servers, which may have been read up to ``max_age`` seconds ago."""
         data = self.data
         if data.kept is not None and time.monotonic() - data.kept[1] <= max_age:
@@ -154,24 +147,18 @@ class Market:
             data.kept = (marketplace, time.monotonic())
         return marketplace
 
-    def search(self, search: Search, max_age: float = 0.0) -> tuple[list[Server], SearchReport]:
-        """Return the servers that a search finds, and a report on the others."""
-        return search.run(self.listing(max_age))
-
     def read_spot(self, server_id: int) -> dict[str, Any]:
         """Read the spot market of a server."""
-        response = self._client._request(
-            "GET", "/v1/spot_marketplace", params={"market": server_id}
-        )
+        query = {"market": server_id}
+        response = self._client._request("GET", "/v1/spot_marketplace", params=query)
         self.data.observe_spot(response)
         return response
 
     def find_server(self, server_id: int) -> Server | None:
         """Return a server, rented or not, or None if it is not listed."""
         marketplace = self.read()
-        if server_id not in marketplace.ids:
-            return None
-        return marketplace[marketplace.ids.index(server_id)]
+        places = (n for n, number in enumerate(marketplace.ids) if number == server_id)
+        return next(map(marketplace.__getitem__, places), None)
 
     def get_server(self, server_id: int) -> Server:
         """Return a server, rented or not.
@@ -269,12 +256,12 @@ class HostHistory:
     """Remember which servers worked, in memory and in the state folder.
 
     Parameters:
-        folder: returns the state folder, or None if none is used.
+        folder: the state folder, or None if none is used.
         base_url: returns the base URL, because each API has its own servers.
     """
 
-    def __init__(self, folder: Callable[[], Path | None], base_url: Callable[[], str]) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None, base_url: Callable[[], str]) -> None:
+        self._path = folder and folder / HOST_HISTORY_FILE
         self._base_url = base_url
         self._here: dict[str, dict[str, Any]] = {}  # what this process has seen
 
@@ -284,39 +271,33 @@ class HostHistory:
             return
         name = f"{canonical_url(self._base_url())} {server_id}"
         self._here[name] = {"outcome": outcome, "time": time.time()}
-        if (folder := self._folder()) is None:
+        if self._path is None:
             return
-        path = folder / HOST_HISTORY_FILE
         try:
-            with locked_path(path, HISTORY_PATIENCE):
-                hosts = {**self._read(path), name: self._here[name]}
-                replace_file(path, json.dumps({"hosts": hosts}))
+            with locked_path(self._path, HISTORY_PATIENCE):
+                hosts = {**self._read(), name: self._here[name]}
+                replace_file(self._path, json.dumps({"hosts": hosts}))
         except OSError as error:
-            logger.debug("%s can't be written: %s", path, error)
+            logger.debug("%s can't be written: %s", self._path, error)
 
     def outcomes(self) -> dict[int, dict[str, Any]]:
         """Return ``outcome`` and ``time`` of each host of the last day, by server id."""
-        hosts = dict(self._here)
-        if (folder := self._folder()) is not None:
-            for name, seen in self._read(folder / HOST_HISTORY_FILE).items():
-                if name not in hosts or seen["time"] > hosts[name]["time"]:
-                    hosts[name] = seen
+        hosts = [*self._here.items(), *self._read().items()]
         found: dict[int, dict[str, Any]] = {}
-        for name, seen in hosts.items():
+        for name, seen in sorted(hosts, key=lambda host: host[1]["time"]):  # the newest counts
             url, _, server_id = name.rpartition(" ")
             if url == canonical_url(self._base_url()) and server_id.isdecimal() and _is_fresh(seen):
                 found[int(server_id)] = dict(seen)
         return found
 
-    @staticmethod
-    def _read(path: Path) -> dict[str, dict[str, Any]]:
+    def _read(self) -> dict[str, dict[str, Any]]:
         """Return the valid entries of the file of the last day."""
-        try:
-            hosts = read_state_file(path).get("hosts")
-        except FileNotFoundError:
+        if self._path is None:
             return {}
+        try:
+            hosts = read_state_file(self._path).get("hosts")
         except (OSError, ValueError, RecursionError) as error:
-            logger.debug("%s can't be read: %s", path, error)
+            logger.debug("%s can't be read: %s", self._path, error)
             return {}
         return {n: s for n, s in hosts.items() if _is_fresh(s)} if isinstance(hosts, dict) else {}
 

@@ -21,13 +21,12 @@ from clore_client.models.server import (
     price_in,
     version_parts,
 )
-from clore_client.pricing import per_gpu, published_fee, with_fee, without_fee
-from clore_client.validation import check_bool, check_number, check_optional_number, check_string
+from clore_client.pricing import per_gpu, published_fee
+from clore_client.validation import check_bool, short_repr
 
-Check = Callable[[Server], bool]
+Check = Callable[[Server], object]  # true if a server passes
 
 RENTED = "being rented"  # the name of a filter that is always on
-LONGEST_LABEL = 200  # characters of a filter in a report
 ROUNDING_UP = 1 + 1e-12  # 8.4 / 24 is slightly above 0.35
 
 
@@ -109,24 +108,20 @@ class Search:
         currency: Any = None,
         method: Callable[..., Any] | None = None,
     ) -> None:
-        self.gpu_type = None if gpu_type is None else check_string("gpu_type", gpu_type)
-        self.max_price_usd = check_optional_number(
-            "max_price_usd", max_price_usd, infinite=True, unit="USD per hour"
-        )
-        check_number("min_reliability", min_reliability, maximum=100.0)
-        if 0 < min_reliability <= 1:
-            logger.warning(
-                "min_reliability=%g is almost no limit: it goes from 0 to 100", min_reliability
-            )
-        self.spot = check_bool("use_spot", use_spot)
-        self.fee = published_fee(self.spot)
-        given = {"currency": currency, **(filters or {})}
+        given = {
+            "gpu_type": gpu_type, "max_price_usd": max_price_usd, "currency": currency,
+            "min_reliability": min_reliability, **(filters or {}),
+        }  # fmt: skip
         self._given = {name: value for name, value in given.items() if value is not None}
         self._filters = check_filters(self._given, method)
-        numbers = {"min_reliability": min_reliability or None, "max_price_usd": max_price_usd}
-        for name, number in numbers.items():
-            if number is not None:
-                self._filters[name] = self._given[name] = number
+        self.gpu_type: str | None = self._filters.get("gpu_type")
+        self.max_price_usd: float | None = self._filters.get("max_price_usd")
+        if self._filters.get("min_reliability", 100.0) <= 1:
+            logger.warning("min_reliability=%g is almost no limit: it goes to 100", min_reliability)
+        self.spot = check_bool("use_spot", use_spot)
+        self.fee = published_fee(self.spot)
+        # What the price limits are compared with, as a multiple of the price.
+        self._with_fees = 1 + self.fee if self._filters.get("include_fees") else 1.0
         self.currency: str | None = self._filters.get("currency")
         self.server_id: int | None = None
         self.models: frozenset[str] | None = None
@@ -142,9 +137,7 @@ class Search:
         limit, each = self.max_price_usd, self._filters.get("max_price_per_gpu_usd")
         if each is not None:
             limit = min(math.inf if limit is None else limit, each * self.gpu_count(server))
-        if limit is not None and self._filters.get("include_fees"):
-            limit = without_fee(limit, self.fee)
-        return limit
+        return None if limit is None else limit / self._with_fees
 
     def gpu_count(self, server: Server) -> int:
         """Return the number of GPUs that match; of several models, only those count."""
@@ -163,24 +156,23 @@ class Search:
         free = [place for place in places if not marketplace.rented[place]]
         report.add(RENTED, len(places) - len(free))
         checks = self._checks(marketplace.live)
-        left_out = [0] * (len(checks) + 1)
+        by_check: list[list[int]] = [[] for _ in range(len(checks) + 1)]  # the places it left out
         fitting = []
         for place in free:
             server = marketplace[place]
             failed = _first_failed(checks, server)
-            left_out[failed] += 1
+            by_check[failed].append(place)
             if failed == len(checks):
                 fitting.append(server)
-        for (label, _), count in zip(checks, left_out, strict=False):
-            report.add(label, count)
+        for (label, _), left_out in zip(checks, by_check, strict=False):
+            report.add(label, len(left_out))
         found = self._where(fitting)
         report.add("where", len(fitting) - len(found))
         report.found = len(found)
         if not found and places:
-            last = max((n for n, count in enumerate(left_out) if count), default=None)
-            servers = (marketplace[place] for place in free or places)
-            dropped = [s for s in servers if last is None or _first_failed(checks, s) == last]
-            if last != len(checks):
+            last = next((group for group in reversed(by_check) if group), places)
+            dropped = [marketplace[place] for place in last]
+            if last is not by_check[-1]:
                 dropped = self._where(dropped)
             report.cheapest_usd_per_hour = self._lowest(dropped)
         return self._sorted(found)[: self._filters.get("limit")], report
@@ -190,7 +182,7 @@ class Search:
         if self.server_id is None:
             return range(len(marketplace))
         places = [n for n, number in enumerate(marketplace.ids) if number == self.server_id]
-        report.add(_label("server_id", self.server_id), len(marketplace) - len(places))
+        report.add(f"server_id={self.server_id}", len(marketplace) - len(places))
         return places
 
     def _with_gpu(
@@ -205,25 +197,27 @@ class Search:
         if not models:
             report.nearest_models = nearest_models(self.gpu_type, names)
         fitting = [place for place in places if not models.isdisjoint(marketplace.gpus[place])]
-        report.add(_label("gpu_type", self.gpu_type), len(places) - len(fitting))
+        report.add(f"gpu_type={short_repr(self.gpu_type)}", len(places) - len(fitting))
         return fitting
 
     def _checks(self, live: bool) -> list[tuple[str, Check]]:
         """Return the filters that are set, cheap ones first and the price limits last."""
-        makers: dict[str, Callable[[str, Any], Check]] = {
-            **dict.fromkeys(("exclude_servers", "exclude_owners"), _excluded_check),
-            "currency": lambda name, coin: lambda server: accepts(server, live, coin),
-            **dict.fromkeys(("countries", "exclude_countries"), _country_check),
-            "gpu_count": lambda name, count: lambda server: self.gpu_count(server) == count,
-            **dict.fromkeys(self._numbers(), self._minimum_check),
-            **dict.fromkeys(("max_price_per_gpu_usd", "max_price_usd"), self._price_check),
+        tests: dict[str, Callable[[Any, Server], object]] = {
+            "exclude_servers": lambda ids, s: s.id is not None and s.id not in ids,
+            "exclude_owners": lambda ids, s: s.owner_id is not None and s.owner_id not in ids,
+            "currency": lambda coin, s: accepts(s, live, coin),
+            "countries": lambda codes, s: s.country and s.country.upper() in codes,
+            "exclude_countries": lambda codes, s: s.country and s.country.upper() not in codes,
+            "gpu_count": lambda count, s: self.gpu_count(s) == count,
+            **{name: partial(_at_least, number) for name, number in self._numbers().items()},
+            "max_price_per_gpu_usd": lambda usd, s: self._costs_at_most(usd * self.gpu_count(s), s),
+            "max_price_usd": self._costs_at_most,
         }
-        checks: list[tuple[str, Check]] = []
-        for name, make in makers.items():
-            if name in self._filters:
-                check = make(name, self._filters[name])
-                checks.append((_label(name, self._given[name]), check))
-        return checks
+        return [
+            (f"{name}={short_repr(self._given[name])}", partial(test, self._filters[name]))
+            for name, test in tests.items()
+            if name in self._filters
+        ]
 
     def _numbers(self) -> dict[str, Callable[[Server], Any]]:
         """Return what each filter for a minimum compares; None is less than any minimum."""
@@ -235,31 +229,17 @@ class Search:
             "min_cuda": lambda s: version_parts(s.get("cuda_version")),
         }
 
-    def _minimum_check(self, name: str, least: Any) -> Check:
-        number = self._numbers()[name]
-        return lambda server: (value := number(server)) is not None and bool(value >= least)
-
-    def _price_check(self, name: str, limit: float) -> Check:
-        factor = 1 + self.fee if self._filters.get("include_fees") else 1.0
-        highest, each = limit * ROUNDING_UP, name == "max_price_per_gpu_usd"
-
-        def check(server: Server) -> bool:
-            price = self.price(server)
-            if price is None:
-                return False
-            return price * factor <= highest * (self.gpu_count(server) if each else 1)
-
-        return check
+    def _costs_at_most(self, limit: float, server: Server) -> bool:
+        price = self.price(server)
+        return price is not None and price * self._with_fees <= limit * ROUNDING_UP
 
     def _where(self, servers: list[Server]) -> list[Server]:
         where = self._filters.get("where")
         return servers if where is None else [s for s in servers if _call("where", where, s)]
 
     def _lowest(self, servers: Iterable[Server]) -> float | None:
-        prices = (self.price(server) for server in servers)
-        lowest = min((price for price in prices if price is not None), default=None)
-        fees = lowest is not None and self._filters.get("include_fees")
-        return with_fee(lowest, self.fee) if fees and lowest is not None else lowest
+        prices = [price for s in servers if (price := self.price(s)) is not None]
+        return min(prices) * self._with_fees if prices else None
 
     def _sorted(self, servers: list[Server]) -> list[Server]:
         """Sort servers; equal ones by price, then in the API's order."""
@@ -277,18 +257,9 @@ class Search:
         return sorted(by_price, key=key)
 
 
-def _country_check(name: str, codes: frozenset[str]) -> Check:
-    return lambda server: (
-        server.country is not None and ((server.country.upper() in codes) is (name == "countries"))
-    )
-
-
-def _excluded_check(name: str, ids: frozenset[int]) -> Check:
-    def check(server: Server) -> bool:
-        number = server.id if name == "exclude_servers" else server.owner_id
-        return number is not None and number not in ids
-
-    return check
+def _at_least(number: Callable[[Server], Any], least: Any, server: Server) -> bool:
+    value = number(server)
+    return value is not None and bool(value >= least)
 
 
 def _first_failed(checks: list[tuple[str, Check]], server: Server) -> int:
@@ -297,13 +268,6 @@ def _first_failed(checks: list[tuple[str, Check]], server: Server) -> int:
         if not check(server):
             return index
     return len(checks)
-
-
-def _label(name: str, value: Any) -> str:
-    try:
-        return printable(f"{name}={value!r}", LONGEST_LABEL)
-    except Exception:  # a class of the caller with a broken __repr__
-        return name
 
 
 def _call(name: str, function: Callable[[Server], Any], server: Server) -> Any:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clore_client.market.filters import common_spellings, fold_name
 from clore_client.models.record import part_of
 from clore_client.models.server import Marketplace, Server, listed_rate, price_in
-from clore_client.pricing import CREATION_FEE, creation_fee_after, finite, published_fee, with_fee
+from clore_client.pricing import (
+    CREATION_FEE,
+    creation_fee_after,
+    finite,
+    per_gpu,
+    published_fee,
+    with_fee,
+)
 
 if TYPE_CHECKING:
     from clore_client.market.market import Market
 
+Prices = tuple[float | None, float | None]  # USD per hour for one GPU: on demand, spot
+Listed = tuple[int, bool, Prices]  # a server: its GPUs of a model, whether it is free, its prices
+NO_PRICES: Prices = (None, None)
 HIGHEST_PERCENT = 100.0  # a higher fee is not valid
 
 
@@ -32,27 +43,6 @@ class ModelSummary(NamedTuple):
     spot_p90_usd: float | None
 
 
-class _Model:
-    """Count the servers, GPUs and prices of one model."""
-
-    def __init__(self) -> None:
-        self.servers = self.servers_free = self.gpus = self.gpus_free = 0
-        self.prices: tuple[list[float], list[float]] = ([], [])  # on demand and spot
-
-    def add(self, count: int, free: bool) -> None:
-        self.servers += 1
-        self.gpus += count
-        self.servers_free += free
-        self.gpus_free += count * free
-
-    def add_prices(self, server: Server, count: int) -> None:
-        for prices, usd in zip(
-            self.prices, (server.usd_per_hour, server.spot_usd_per_hour), strict=True
-        ):
-            if usd is not None:
-                prices.append(usd / count)
-
-
 def summarize(
     marketplace: Marketplace, *, include_rented: bool = False, include_fees: bool = False
 ) -> list[ModelSummary]:
@@ -63,34 +53,33 @@ def summarize(
         include_rented: include the prices of rented servers; the counts always have them.
         include_fees: add the published fees to the prices.
     """
-    models, spellings = dict[str, _Model](), Counter[str]()
+    models, spellings = dict[str, list[Listed]](), Counter[str]()
     for names, server in zip(marketplace.gpus, marketplace, strict=True):
         spellings.update(set(names))
         free = not server.rented
         folded = [fold_name(name) for name in names]
         for name in set(folded):
-            model = models.setdefault(name, _Model())
-            count = folded.count(name)
+            count, prices = folded.count(name), NO_PRICES
             if count == len(folded):  # all GPUs are of this model
                 count = server.gpu_count or count
                 if free or include_rented:
-                    model.add_prices(server, count)
-            model.add(count, free)
+                    usd = (server.usd_per_hour, server.spot_usd_per_hour)
+                    prices = (per_gpu(usd[0], count), per_gpu(usd[1], count))
+            models.setdefault(name, []).append((count, free, prices))
     shown = common_spellings(spellings)
-    rows = [_row(shown[model], found, include_fees) for model, found in models.items()]
+    rows = [_row(shown[model], listed, include_fees) for model, listed in models.items()]
     return sorted(rows, key=lambda row: (-row.gpus, row.gpu))
 
 
-def _row(gpu: str, model: _Model, include_fees: bool) -> ModelSummary:
+def _row(gpu: str, listed: list[Listed], include_fees: bool) -> ModelSummary:
     numbers: list[float | None] = []
     for spot in (False, True):
-        prices = sorted(model.prices[spot])
         fee = published_fee(spot) if include_fees else 0.0
-        for share in (0.0, 0.5, 0.9):
-            price = quantile(prices, share)
-            numbers.append(None if price is None else with_fee(price, fee))
-    counts = (model.servers, model.servers_free, model.gpus, model.gpus_free)
-    return ModelSummary(gpu, *counts, *numbers)
+        found = [price for _, _, prices in listed if (price := prices[spot]) is not None]
+        prices = sorted(with_fee(price, fee) for price in found)
+        numbers += [quantile(prices, share) for share in (0.0, 0.5, 0.9)]
+    gpus, free = [n for n, _, _ in listed], [n for n, is_free, _ in listed if is_free]
+    return ModelSummary(gpu, len(gpus), len(free), sum(gpus), sum(free), *numbers)
 
 
 def quantile(ordered: list[float], share: float) -> float | None:
@@ -98,9 +87,8 @@ def quantile(ordered: list[float], share: float) -> float | None:
     if not ordered:
         return None
     place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+    below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return below + (above - below) * (place % 1)
 
 
 class CostEstimate(NamedTuple):
@@ -166,8 +154,9 @@ def account_fees(
     """
     kind = "spot" if spot else "on_demand"
     percent = finite(part_of(response, "renter_fees", kind, "base", currency))
-    valid = percent is not None and 0 <= percent <= HIGHEST_PERCENT
-    fraction = percent / 100 if valid and percent is not None else published_fee(spot)
+    fraction = published_fee(spot)
+    if percent is not None and 0 <= percent <= HIGHEST_PERCENT:
+        fraction = percent / 100
     amount = finite(part_of(response, "creation_fees", kind, currency))
     if amount is None or amount < 0 or rate is None:
         return fraction, CREATION_FEE

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, SupportsIndex, TypeVar, overload
 
 from clore_client.errors import printable
@@ -44,13 +45,13 @@ class Column(NamedTuple):
 
     Attributes:
         heading: its heading, with the unit.
-        text: returns the text of a record, or None.
+        value: returns the value of a record, or None.
         right: whether to align the column on the right, as numbers are.
         widest: the most characters of a cell; the rest is cut.
     """
 
     heading: str
-    text: Callable[[Any], str | None]
+    value: Callable[[Any], Any]
     right: bool = False
     widest: int = MAX_WIDTH
 
@@ -79,16 +80,17 @@ def utc_time(seconds: float | None) -> str | None:
         return None
 
 
-def cell_text(text: str | None, widest: int = MAX_WIDTH) -> str:
-    """Return the text of a cell on one line, in printable ASCII; the rest is escaped."""
-    plain = printable((text or "")[:widest].encode("ascii", "backslashreplace").decode())
-    cut = len(plain) > widest or len(text or "") > widest
+def cell_text(value: Any, widest: int = MAX_WIDTH) -> str:
+    """Return a value on one line, in printable ASCII; the rest is escaped."""
+    text = "" if value is None else str(value)
+    plain = printable(text[:widest].encode("ascii", "backslashreplace").decode())
+    cut = len(plain) > widest or len(text) > widest
     return re.sub(r"\\([xuU][0-9a-f]{0,7})?$", "", plain[: widest - 3]) + "..." if cut else plain
 
 
 def cells_of(records: Sequence[Any], columns: Sequence[Column]) -> list[tuple[Column, list[str]]]:
     """Return each column with its cells, without the columns that are empty."""
-    filled = [(c, [cell_text(c.text(record), c.widest) for record in records]) for c in columns]
+    filled = [(c, [cell_text(c.value(record), c.widest) for record in records]) for c in columns]
     return [(column, cells) for column, cells in filled if any(cells)]
 
 
@@ -118,14 +120,12 @@ def _rest(records: Sequence[Any]) -> list[str]:
     return [f"... and {more} more"] if more > 0 else []
 
 
-def html_table(
-    records: Sequence[Any], columns: Sequence[Column], dimmed: Callable[[Any], bool]
-) -> str:
+def html_table(records: Sequence[Any], columns: Sequence[Column], dimmed: str) -> str:
     """Return a table as HTML.
 
     Parameters:
         records, columns: as for :func:`text_table`.
-        dimmed: returns whether to show a record in a paler color.
+        dimmed: the property that shows a record in a paler color; empty for none.
     """
     from html import escape  # slow to import, and only notebooks need it
 
@@ -141,7 +141,7 @@ def html_table(
 
     head = row("th", (column.heading for column, _ in shown))
     body = "".join(
-        row("td", texts, DIMMED_STYLE if dimmed(record) else "")
+        row("td", texts, DIMMED_STYLE if getattr(record, dimmed, False) else "")
         for record, *texts in zip(records[:MAX_ROWS], *(cells for _, cells in shown), strict=True)
     )
     rest = "".join(f"<p>{line}</p>" for line in _rest(records))
@@ -154,9 +154,7 @@ def html_card(title: str, values: Iterable[tuple[str, Any]]) -> str:
     from html import escape
 
     def shown(value: Any) -> str:
-        if isinstance(value, float):
-            value = f"{value:.6g}"
-        return escape(cell_text(str(value), 120))
+        return escape(cell_text(f"{value:.6g}" if isinstance(value, float) else value, 120))
 
     rows = "".join(
         f'<tr><th style="{TEXT_STYLE}">{shown(name)}</th>'
@@ -184,11 +182,7 @@ class Listing(list[Item]):
     _things: ClassVar[str] = "records"
     _columns: ClassVar[tuple[Column, ...]] = ()
     _record: ClassVar[type[Record]] = Record
-
-    @staticmethod
-    def _dimmed(record: Any) -> bool:
-        """Return whether to show a record in a paler color."""
-        return False
+    _dimmed: ClassVar[str] = ""  # the property that shows a record in a paler color
 
     @overload
     def __getitem__(self, index: SupportsIndex, /) -> Item: ...
@@ -263,8 +257,6 @@ class Listing(list[Item]):
         Raises:
             ImportError: pandas is not installed.
         """
-        import importlib
-
         try:
             pandas = importlib.import_module("pandas")
         except ImportError as error:
@@ -301,11 +293,7 @@ def _number(heading: str, name: str, digits: int) -> Column:
 
 
 def _text(heading: str, name: str, **options: Any) -> Column:
-    def text(record: Any) -> str | None:
-        value = getattr(record, name)
-        return None if value is None else str(value)
-
-    return Column(heading, text, **options)
+    return Column(heading, attrgetter(name), **options)
 
 
 class ServerList(Listing[Server]):
@@ -329,10 +317,7 @@ class ServerList(Listing[Server]):
         _number("down Mbps", "download_mbps", 0),
         _text("CUDA", "cuda_version", right=True),
     )
-
-    @staticmethod
-    def _dimmed(record: Any) -> bool:
-        return bool(record.rented)
+    _dimmed = "rented"
 
 
 class OrderList(Listing[Order]):
@@ -353,10 +338,7 @@ class OrderList(Listing[Order]):
         _text("ssh", "ssh_command", widest=60),
         _text("image", "image", widest=60),
     )
-
-    @staticmethod
-    def _dimmed(record: Any) -> bool:
-        return bool(record.has_ended)
+    _dimmed = "has_ended"
 
 
 class WalletList(Listing[Wallet]):
@@ -427,11 +409,10 @@ def plot_server_prices(servers: Iterable[Server], path: str | os.PathLike[str] |
     models = prices_by_model(servers)
     try:
         # pyplot shows a figure by itself, in a notebook or a window; a file needs no window.
-        new_figure = (
-            importlib.import_module("matplotlib.figure").Figure
-            if path is not None
-            else importlib.import_module("matplotlib.pyplot").figure
-        )
+        if path is None:
+            new_figure = importlib.import_module("matplotlib.pyplot").figure
+        else:
+            new_figure = importlib.import_module("matplotlib.figure").Figure
     except ImportError as error:
         raise ImportError("plot_prices() needs matplotlib: pip install matplotlib") from error
     if not models:

@@ -64,8 +64,7 @@ class Order(GPURecord):
     unexpected type.
     """
 
-    _live: bool
-    _rates: ExchangeRates
+    _live: bool | None = None
     FIELDS = ("id", "server_id", "status", "gpu_name", "gpu_count", "price", "currency",
               "usd_per_hour", "cost_usd", "is_spot", "started_at", "image",
               "ssh_command")  # fmt: skip
@@ -151,7 +150,7 @@ class Order(GPURecord):
         """
         if "body" in self:  # a preview
             return finite(self.get("usd_per_hour"))
-        return self._exchange_rates().usd(self.get("price"), self.get("currency"))
+        return self._rates.usd(self.get("price"), self.get("currency"))
 
     @property
     def cost_usd(self) -> float | None:
@@ -160,7 +159,7 @@ class Order(GPURecord):
         The live API says what was spent. Without that, it is the price for the time since the
         start, and only known while the order is active.
         """
-        hourly, rate = finite(self.get("price")), self._exchange_rates().rate(self.get("currency"))
+        hourly, rate = finite(self.get("price")), self._rates.rate(self.get("currency"))
         spent = finite(self.get("spend"))
         if rate is None or hourly is None or hourly <= 0:
             return None
@@ -177,11 +176,9 @@ class Order(GPURecord):
     def fee_rate(self) -> float:
         """The renter's fee as a fraction of the price; the published one if it is not stated."""
         stated = finite(self.get("fee"))
-        valid = stated is not None and 0 <= stated <= 1
-        return stated if valid and stated is not None else published_fee(self.is_spot is True)
-
-    def _exchange_rates(self) -> ExchangeRates:
-        return getattr(self, "_rates", None) or ExchangeRates()
+        if stated is not None and 0 <= stated <= 1:
+            return stated
+        return published_fee(self.is_spot is True)
 
     @property
     def body(self) -> dict[str, Any] | None:
@@ -192,7 +189,7 @@ class Order(GPURecord):
     @property
     def is_live(self) -> bool | None:
         """True if it came in the live form; None if it did not come from the API."""
-        return getattr(self, "_live", None)
+        return self._live
 
     def _summary(self) -> dict[str, Any]:
         if self.body is None:
@@ -203,11 +200,8 @@ class Order(GPURecord):
         from clore_client.models.listing import utc_time  # only notebooks need it
 
         started = utc_time(self.started_at)
-        return {
-            **super()._card(),
-            "started_at": started and f"{started} UTC",
-            "body": masked(self.body),
-        }
+        own = {"started_at": started and f"{started} UTC", "body": masked(self.body)}
+        return {**super()._card(), **own}
 
 
 def _live_host(record: dict[str, Any]) -> str:
@@ -268,23 +262,6 @@ def _live_fields(record: dict[str, Any], cancelled: Collection[int]) -> dict[str
     }
 
 
-def to_order(
-    record: dict[str, Any], live: bool, cancelled: Collection[int], rates: ExchangeRates
-) -> Order:
-    """Convert an order from the API to an :class:`Order`.
-
-    Parameters:
-        record: the order, as the API sent it.
-        live: whether the response is in the live form.
-        cancelled: ids of the orders that this client cancelled.
-        rates: the exchange rates for ``usd_per_hour``.
-    """
-    order = Order({**record, **_live_fields(record, cancelled)} if live else record)
-    order._wire, order._live = record, live
-    order._rates = rates
-    return order
-
-
 def set_listed_price(order: Order, usd_per_hour: float) -> None:
     """Set the exchange rate of an order from the listed on-demand price of its server."""
     if (price := positive(order.get("price"))) is not None:
@@ -296,16 +273,25 @@ def set_listed_price(order: Order, usd_per_hour: float) -> None:
 def to_orders(
     response: dict[str, Any], cancelled: Collection[int], rates: ExchangeRates
 ) -> list[Order]:
-    """Convert the orders of a response to the documented form."""
-    live = is_live(response)
-    return [to_order(r, live, cancelled, rates) for r in dicts(response.get("orders"))]
+    """Convert the orders of a response to the documented form.
+
+    Parameters:
+        response: the response with the list of orders.
+        cancelled: ids of the orders that this client cancelled.
+        rates: the exchange rates for ``usd_per_hour``.
+    """
+    live, orders = is_live(response), []
+    for record in dicts(response.get("orders")):
+        order = Order({**record, **_live_fields(record, cancelled)} if live else record)
+        order._wire, order._live, order._rates = record, live, rates
+        orders.append(order)
+    return orders
 
 
 def in_documented_form(order: Order) -> bool:
     """Return whether an order has a field that only the documented form has."""
-    return order.is_live is False and any(
-        name in order.wire for name in ("status", "connection", "renting_server")
-    )
+    names = {"status", "connection", "renting_server"}
+    return order.is_live is False and not names.isdisjoint(order.wire)
 
 
 def created_id(response: dict[str, Any]) -> int | None:

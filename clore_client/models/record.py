@@ -53,17 +53,13 @@ def text_of(record: Any, *path: str) -> str | None:
 
 def is_live(response: Mapping[str, Any]) -> bool:
     """Return whether a response with orders or a spot market is in the live form."""
-    for order in dicts(response.get("orders")):
-        if any(marker in order for marker in LIVE_ORDER_MARKERS):
-            return True
-    if "exists" in response:
+    orders, market = dicts(response.get("orders")), response.get("market")
+    if "exists" in response or any(m in order for order in orders for m in LIVE_ORDER_MARKERS):
         return True
-    market = response.get("market")
     if not isinstance(market, dict):
         return False
-    if any(marker in market for marker in LIVE_MARKET_MARKERS):
-        return True
-    return any("bid" in offer for offer in dicts(market.get("offers")))
+    offers = dicts(market.get("offers"))
+    return any(m in market for m in LIVE_MARKET_MARKERS) or any("bid" in offer for offer in offers)
 
 
 def whole_id(value: Any) -> int | None:
@@ -81,7 +77,8 @@ class Record(dict[str, Any]):
     A record that did not come from the API counts as documented, and is its own ``.wire``.
     """
 
-    _wire: dict[str, Any]
+    _wire: dict[str, Any] | None = None
+    _rates = ExchangeRates()  # empty; that of the client replaces it
     # The properties in a card and in a row of to_dicts(): numbers, text and bools.
     FIELDS: ClassVar[tuple[str, ...]] = ()
     SHOWN: ClassVar[tuple[str, ...]] = ()  # the properties in the repr; if empty, the FIELDS
@@ -89,10 +86,7 @@ class Record(dict[str, Any]):
     @property
     def wire(self) -> dict[str, Any]:
         """A copy of the record as the API sent it."""
-        try:
-            return copy.deepcopy(self._wire)
-        except AttributeError:
-            return dict(self)
+        return dict(self) if self._wire is None else copy.deepcopy(self._wire)
 
     def _like(self: R, items: Mapping[str, Any]) -> R:
         twin = type(self)(items)
@@ -130,8 +124,8 @@ class Record(dict[str, Any]):
 
     def __dir__(self) -> list[str]:
         """Return the properties, and the methods that read a dict."""
-        attributes = [pair for base in type(self).__mro__ for pair in vars(base).items()]
-        properties = [name for name, value in attributes if isinstance(value, property)]
+        names = super().__dir__()
+        properties = [n for n in names if isinstance(getattr(type(self), n, None), property)]
         return sorted({*properties, "copy", "get", "items", "keys", "values"})
 
     def __repr__(self) -> str:
@@ -149,7 +143,6 @@ class Wallet(Record):
     The live API calls the address ``deposit``; that field is kept too.
     """
 
-    _rates: ExchangeRates
     FIELDS = ("name", "balance", "balance_usd", "deposit_address")
 
     @property
@@ -165,8 +158,7 @@ class Wallet(Record):
     @property
     def balance_usd(self) -> float | None:
         """The balance in USD; None if the balance or the exchange rate is not known."""
-        rates = getattr(self, "_rates", None) or ExchangeRates()
-        return rates.usd(self.balance, self.name)
+        return self._rates.usd(self.balance, self.name)
 
     @property
     def deposit_address(self) -> str | None:

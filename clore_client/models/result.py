@@ -108,6 +108,7 @@ class TransferResult:
         unchanged: the number of files that ``skip_unchanged`` left out.
         sent: with ``preview``, the names of the files that would be sent; also escaped.
         deleted: the names that ``delete`` removed, or would remove with ``preview``; also escaped.
+        deletes: the unescaped names in ``deleted``; None without ``delete``.
     """
 
     def __init__(
@@ -131,12 +132,7 @@ class TransferResult:
         self._is_preview = sent is not None
         self.sent = list(sent or ())
         self.deleted = [printable(os.fsdecode(name)) for name in deletes or ()]
-        self._deletes = deletes
-
-    @property
-    def deletes(self) -> Sequence[bytes] | None:
-        """The unescaped names in ``deleted``; None without ``delete``."""
-        return self._deletes
+        self.deletes = deletes
 
     def __repr__(self) -> str:
         preview, count = self._is_preview, len(self.deleted)

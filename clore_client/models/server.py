@@ -66,12 +66,11 @@ def is_mixed(record: dict[str, Any]) -> bool:
     return len(set(gpu_names(record))) > 1
 
 
-def gpu_label(record: dict[str, Any]) -> str | None:
-    """Return the count and name of the GPUs of a server or an order, or None."""
-    names = gpu_names(record)
-    if is_mixed(record):
-        return " + ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
-    return f"{count_gpus(record)}x {names[0]}" if names else None
+def _exchange_rate(price: Any, currency: str) -> float | None:
+    """Return USD for one unit of ``currency``, by an on-demand price in both; None if unknown."""
+    amount = positive(part_of(price, "on_demand", currency))
+    in_usd = positive(part_of(price, "usd", _USD_FIELDS.get(currency, "")))
+    return in_usd / amount if amount and in_usd else None
 
 
 def _live_spot_per_day(price: dict[str, Any]) -> float | None:
@@ -79,8 +78,7 @@ def _live_spot_per_day(price: dict[str, Any]) -> float | None:
 
     ``price.usd.spot`` is often 0, which means that it is in another field (seen on the live API).
     """
-    usd = price.get("usd")
-    if stated := positive(part_of(usd, "spot")):
+    if stated := positive(part_of(price, "usd", "spot")):
         return stated
     original = price.get("original_usd")
     if isinstance(original, dict):
@@ -88,15 +86,12 @@ def _live_spot_per_day(price: dict[str, Any]) -> float | None:
         others = [p for c in original if (p := positive(part_of(original, c, "spot")))]
         if clore or others:
             return clore or min(others)
-    spot, on_demand = price.get("spot"), price.get("on_demand")
-    if stated := positive(part_of(spot, "USD-Blockchain")):
+    if stated := positive(part_of(price, "spot", "USD-Blockchain")):
         return stated
-    for currency, usd_field in _USD_FIELDS.items():
-        # The on-demand price of the server in both currencies gives the exchange rate.
-        amount = positive(part_of(spot, currency))
-        same, in_usd = positive(part_of(on_demand, currency)), positive(part_of(usd, usd_field))
-        if amount and same and in_usd:
-            return amount * in_usd / same
+    for currency in _USD_FIELDS:
+        amount, rate = positive(part_of(price, "spot", currency)), _exchange_rate(price, currency)
+        if amount and rate:
+            return amount * rate
     return None
 
 
@@ -108,15 +103,13 @@ def price_in(server: Server, spot: bool, currency: str | None) -> float | None:
         spot: return the lowest spot bid that the host accepts.
         currency: the API's name; None takes the price of the documented form.
     """
-    price = None
-    if currency is not None and spot:
-        # Always per day: only the live form has this field.
-        per_day = positive(part_of(server, "price", "original_usd", currency, "spot"))
-        price = per_day and per_day / HOURS_PER_DAY
-    elif currency is not None:
-        price = positive(part_of(server, "price", "usd", _USD_FIELDS.get(currency, "")))
     # The documented form has one price for all currencies.
-    return price or (server.spot_usd_per_hour if spot else server.usd_per_hour)
+    if spot:
+        # Always per day: only the live form has this field.
+        per_day = positive(part_of(server, "price", "original_usd", currency or "", "spot"))
+        return per_day / HOURS_PER_DAY if per_day else server.spot_usd_per_hour
+    usd_field = _USD_FIELDS.get(currency or "", "on_demand_clore")
+    return positive(part_of(server, "price", "usd", usd_field)) or server.usd_per_hour
 
 
 def on_demand_usd(server: Server, currency: str) -> float | None:
@@ -134,9 +127,8 @@ def listed_rate(server: Server, currency: str) -> float | None:
     """Return USD for one unit of ``currency``, by the prices of one server; None if unknown."""
     if currency == "USD-Blockchain":
         return 1.0
-    amount = amount_per_hour(server, currency)
-    in_usd = positive(part_of(server, "price", "usd", _USD_FIELDS.get(currency, "")))
-    return in_usd / amount if amount and in_usd else None
+    rate = _exchange_rate(server.price, currency)
+    return rate and rate * HOURS_PER_DAY  # the price in USD is per hour, the other one per day
 
 
 def accepts(record: dict[str, Any], live: bool, currency: str) -> bool:
@@ -151,20 +143,10 @@ def accepts(record: dict[str, Any], live: bool, currency: str) -> bool:
     return not live or positive(part_of(record, "price", "on_demand", currency)) is not None
 
 
-@functools.lru_cache(maxsize=1024)
-def _parse_cores(text: str) -> int | None:
-    match = re.match(r"\s*([0-9]{1,6})(?![0-9])", text)
-    return int(match[1]) or None if match else None
-
-
 def version_parts(version: Any) -> tuple[int, int] | None:
     """Return a version such as ``"12.4"`` or 12.4 as two integers, or None."""
-    return _parse_version(version[:40] if isinstance(version, str) else str(finite(version)))
-
-
-@functools.lru_cache(maxsize=1024)
-def _parse_version(text: str) -> tuple[int, int] | None:
-    match = re.fullmatch(r"([0-9]{1,4})(?:\.([0-9]{1,4}))?(?:\.[0-9.]*)?", text.strip())
+    text = version[:40].strip() if isinstance(version, str) else str(finite(version))
+    match = re.fullmatch(r"([0-9]{1,4})(?:\.([0-9]{1,4}))?(?:\.[0-9.]*)?", text)
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
@@ -187,7 +169,10 @@ class GPURecord(Record):
     @property
     def gpu(self) -> str | None:
         """The count and name of its GPUs, such as ``"2x RTX 4090"``; of several models, all."""
-        return gpu_label(self)
+        names = gpu_names(self)
+        if is_mixed(self):
+            return " + ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
+        return f"{count_gpus(self)}x {names[0]}" if names else None
 
     @property
     def gpu_name(self) -> str | None:
@@ -302,8 +287,8 @@ class Server(GPURecord):
     @property
     def cpu_cores(self) -> int | None:
         """The number of CPU cores; the number of threads is usually twice as high."""
-        text = text_of(self, "specs", "cpus")
-        return None if text is None else _parse_cores(text[:LONGEST_TEXT])
+        match = re.match(r"\s*([0-9]{1,6})(?![0-9])", text_of(self, "specs", "cpus") or "")
+        return int(match[1]) or None if match else None
 
     @property
     def pcie_width(self) -> float | None:
@@ -410,11 +395,9 @@ class Marketplace:
             return
         self.prices[server_id] = usd
         if self.live and len(self.rates) < len(_USD_FIELDS):
-            for currency, usd_field in _USD_FIELDS.items():
-                amount = positive(part_of(record, "price", "on_demand", currency))
-                in_usd = positive(part_of(record, "price", "usd", usd_field))
-                if amount and in_usd:
-                    self.rates[currency] = in_usd / amount
+            for currency in _USD_FIELDS:
+                if rate := _exchange_rate(record["price"], currency):
+                    self.rates[currency] = rate
 
     def servers(self, *, include_rented: bool = False) -> list[Server]:
         """Return the servers in the documented form, in the API's order."""

@@ -21,6 +21,7 @@ from clore_client.errors import (
 from clore_client.log import logger
 from clore_client.market.market import Market, Requester
 from clore_client.models.order import Order, to_orders
+from clore_client.models.record import is_live
 from clore_client.orders.credentials import ORDER_OVER, Credentials
 from clore_client.process import this_process
 from clore_client.validation import Timeout
@@ -141,7 +142,7 @@ class AccountOrders:
                 -1, "the response has no list of orders", response, endpoint="/v1/my_orders"
             )
         data = self.market.data
-        data.observe(response)
+        data.observe(is_live(response))
         orders = to_orders(response, self.cancelled, data.rates)
         self._seen.update(o.id for o in orders if o.id is not None and not o.has_ended)
         self._record_ended({o.id for o in orders if o.id is not None and o.has_ended})

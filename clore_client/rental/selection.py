@@ -162,7 +162,7 @@ def candidates(
 
     The best come first, and hosts that failed in the last day come last.
     """
-    found, report = market.search(settings.search)
+    found, report = settings.search.run(market.read())
     if not found:
         server_id = settings.search.server_id
         why = report.explain() if server_id is None else _missing(server_id, report)
