@@ -1,6 +1,6 @@
 #!/bin/sh
 # Sets up what the tests need, then runs lint, types and all tests; those of public behaviour also
-# against the client as one file. Further arguments go to pytest. Six at a time, as most of them
+# against the client as one file. Further arguments go to pytest. Eight at a time, as most of them
 # wait for something most of the time.
 set -eu
 cd "$(dirname "$0")/.."
@@ -53,9 +53,9 @@ mkdir -p "$copy"
 cp -R clore_client/simulator "$copy/clore_simulator"
 cp -R tests examples README.md pyproject.toml "$copy"
 status=0
-(cd "$copy" && "$bare/bin/python" -m pytest -n 6 --dist worksteal "$@") || status=$?
+(cd "$copy" && "$bare/bin/python" -m pytest -n 8 --dist worksteal "$@") || status=$?
 # 4, 5: of the tests that were asked for, none is for the one file.
 case $#:$status in *:0 | [1-9]*:[45]) ;; *) exit "$status" ;; esac
 
 echo "== tests of the package"
-exec "$venv/bin/python" -m pytest -n 6 --dist worksteal "$@"
+exec "$venv/bin/python" -m pytest -n 8 --dist worksteal "$@"
