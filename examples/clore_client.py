@@ -10737,6 +10737,18 @@ def open_session(transport: Any, timeout: float, window: int = COMMAND_WINDOW) -
     return channel
 
 
+def with_patience(seconds: float, open_channel: Callable[[], Any]) -> Any:
+    """Open a channel; retry while the host opens no further one."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return open_channel()
+        except NoChannelError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(CHANNEL_PAUSE)
+
+
 def open_next_session(transport: Any) -> None:
     """Open a session for the next command, without waiting for it."""
     spare = getattr(transport, "spare", None)
@@ -12918,18 +12930,6 @@ MAX_INLINE = 4096  # bytes; dropbear accepts 9,000
 
 class NoShellError(SSHError):
     """Report a host without a POSIX shell or one of the usual tools; SFTP may work."""
-
-
-def with_patience(seconds: float, open_channel: Callable[[], Any]) -> Any:
-    """Open a channel; retry while the host opens no further one."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return open_channel()
-        except NoChannelError:
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(CHANNEL_PAUSE)
 
 
 class RemoteScript:

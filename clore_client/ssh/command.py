@@ -15,7 +15,6 @@ from clore_client.errors import CommandError, CommandTimeoutError, SSHError, pri
 from clore_client.log import logger
 from clore_client.models.result import STDERR, STDOUT, CommandResult, OutputLine
 from clore_client.ssh.command_text import CommandOutput, PidLine, command_lines, input_bytes
-from clore_client.ssh.transfer.remote_script import with_patience
 from clore_client.ssh.transport import (
     NoChannelError,
     Watchdog,
@@ -25,6 +24,7 @@ from clore_client.ssh.transport import (
     open_session,
     reason,
     start_thread,
+    with_patience,
 )
 from clore_client.validation import check_bool, check_callback, check_count, check_number
 

@@ -209,6 +209,18 @@ def open_session(transport: Any, timeout: float, window: int = COMMAND_WINDOW) -
     return channel
 
 
+def with_patience(seconds: float, open_channel: Callable[[], Any]) -> Any:
+    """Open a channel; retry while the host opens no further one."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return open_channel()
+        except NoChannelError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(CHANNEL_PAUSE)
+
+
 def open_next_session(transport: Any) -> None:
     """Open a session for the next command, without waiting for it."""
     spare = getattr(transport, "spare", None)

@@ -13,18 +13,17 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from clore_client.errors import SSHError, printable
 from clore_client.ssh.transfer.entry import BLOCK, TRANSFER_PIECE
 from clore_client.ssh.transport import (
-    CHANNEL_PAUSE,
     COMMAND_WINDOW,
     LimitedChannel,
-    NoChannelError,
     Watchdog,
     connection_errors,
+    with_patience,
 )
 
 DATA_WINDOW = 32 * 1024 * 1024  # bytes in flight on one channel: 320 MB/s at 100 ms
@@ -54,18 +53,6 @@ MAX_INLINE = 4096  # bytes; dropbear accepts 9,000
 
 class NoShellError(SSHError):
     """Report a host without a POSIX shell or one of the usual tools; SFTP may work."""
-
-
-def with_patience(seconds: float, open_channel: Callable[[], Any]) -> Any:
-    """Open a channel; retry while the host opens no further one."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return open_channel()
-        except NoChannelError:
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(CHANNEL_PAUSE)
 
 
 class RemoteScript:

@@ -27,7 +27,6 @@ from clore_client.ssh.transfer.entry import (
     remote_entry,
 )
 from clore_client.ssh.transfer.local_part import PART, LocalPart, write_piece
-from clore_client.ssh.transfer.remote_script import with_patience
 from clore_client.ssh.transfer.scripts import DIFFERS
 from clore_client.ssh.transfer.transfer import Transfer
 from clore_client.ssh.transport import (
@@ -35,6 +34,7 @@ from clore_client.ssh.transport import (
     LimitedChannel,
     connection_errors,
     reason,
+    with_patience,
 )
 
 SFTP_REQUEST = 255 * 1024  # bytes to read or write with one request; the most that OpenSSH accepts
