@@ -70,7 +70,10 @@ def check_order_id(name: str, value: Any) -> int:
     if not isinstance(value, Mapping):
         return check_id(name, value)
     if value.get("order_id") is None:
-        raise TypeError(f"{name} is no order, as it has no order_id: {short_repr(value)}")
+        raise TypeError(
+            f"{name} must be an order or its number, and this one has no order_id: "
+            f"{short_repr(value)}"
+        )
     return check_id(f"{name}['order_id']", value["order_id"])
 
 

@@ -1030,7 +1030,10 @@ def check_order_id(name: str, value: Any) -> int:
     if not isinstance(value, Mapping):
         return check_id(name, value)
     if value.get("order_id") is None:
-        raise TypeError(f"{name} is no order, as it has no order_id: {short_repr(value)}")
+        raise TypeError(
+            f"{name} must be an order or its number, and this one has no order_id: "
+            f"{short_repr(value)}"
+        )
     return check_id(f"{name}['order_id']", value["order_id"])
 
 
@@ -4197,8 +4200,10 @@ class FallbackStore:
         try:
             result = self._first.apply(step, turn)
         except StoreUnavailableError as error:
+            now = time.monotonic()
+            self._next_try = now + TRY_AGAIN  # after a try that was slow
             if self._failed_at is None:
-                self._failed_at, self._failure = time.monotonic(), str(error)
+                self._failed_at, self._failure = now, str(error)
                 text = "the rate limit is only shared %s, because %s"
                 logger.warning(text, self._second.level, self._failure)
             return self._second.apply(step, turn)
@@ -4873,7 +4878,9 @@ class HTTPClient:
         self.timeout = check_timeout("timeout", timeout)
         self.rate_limit = check_interval("rate_limit", rate_limit)
         self.max_retries = check_count("max_retries", max_retries, minimum=1)
-        self.create_order_interval = check_interval("create_order_interval", create_order_interval)
+        self.create_order_interval = check_number(
+            "create_order_interval", create_order_interval, unit="seconds"
+        )
         self.rate_limit_wait = check_interval("rate_limit_wait", rate_limit_wait)
         self._state_folder = state_folder(state_dir)
         self._redis = redis_server_for(rate_limiter)
@@ -5823,6 +5830,7 @@ class Search:
         currency: Any = None,
         method: Callable[..., Any] | None = None,
     ) -> None:
+        check_number("min_reliability", min_reliability, maximum=100.0)
         given = {
             "gpu_type": gpu_type, "max_price_usd": max_price_usd, "currency": currency,
             "min_reliability": min_reliability, **(filters or {}),
@@ -11053,13 +11061,13 @@ _ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
 
 def check_host_key(value: Any) -> str:
     """Check that a value is ``"pin"``, ``"accept"``, or a fingerprint."""
-    text = str(check_string("host_key", value))
-    if not re.fullmatch(r"pin|accept|SHA256:[A-Za-z0-9+/]{43}=?", text):
-        raise ValueError(
-            "host_key must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
-            f"`ssh-keygen -l` prints it, not {short_repr(text)}"
-        )
-    return text.rstrip("=")
+    text = isinstance(value, str)
+    if text and re.fullmatch(r"pin|accept|SHA256:[A-Za-z0-9+/]{43}=?", value):
+        return str(value).rstrip("=")
+    raise (ValueError if text else TypeError)(
+        "host_key must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
+        f"`ssh-keygen -l` prints it, not {short_repr(value)}"
+    )
 
 
 class HostKeys:
@@ -11134,7 +11142,7 @@ def _pin_in(line: str, alias: str) -> str | None:
 
 def _has_alias(line: str, alias: str) -> bool:
     """Check if the first word of a line names a host; OpenSSH may have hashed it."""
-    names = line.partition(" ")[0]
+    names = (line.split() or [""])[0]
     if not names.startswith("|1|"):
         return alias in names.split(",")
     try:
@@ -11509,7 +11517,9 @@ _OPTION = r"(?<!\S)-([pl]) ?(\S+)"
 
 def parse_ssh_command(order: Any) -> dict[str, Any]:
     """Read host, port and user; see ``CloreClient.parse_ssh_connection``."""
-    raw = text_of(order, "connection", "ssh") or ""
+    connection = order.get("connection") if isinstance(order, Mapping) else None
+    raw = connection.get("ssh") if isinstance(connection, Mapping) else None
+    raw = raw if isinstance(raw, str) else ""
     host, port, user = parse_address(raw)
     return {"host": host, "port": port, "user": user if plain_user(user) else DEFAULT_USER,
             "raw": raw}  # fmt: skip
@@ -11533,7 +11543,7 @@ def parse_address(raw: str) -> tuple[str, int, str]:
     words = raw.split()
     line = " ".join(words[1:] if words[:1] == ["ssh"] else words)
     # No other options, which could run a program here, and no command.
-    found = re.fullmatch(rf"({_OPTION} )*(?P<target>[^- ]\S*)( {_OPTION})*", line)
+    found = re.fullmatch(rf"({_OPTION} )*(?P<target>[^- ]\S*)( {_OPTION})*( -p)?", line)
     if found is None:
         return "", DEFAULT_PORT, ""
     options = dict(re.findall(_OPTION, line))
@@ -11675,8 +11685,10 @@ class OpenSSH:
         words = ["ssh", "-p", str(self._address["port"])]
         if self._key is not None:
             # With -i, OpenSSH looks for the file both with and without expanding % signs.
-            option = f"IdentityFile={_config_path(self._key)}"
-            words += ["-o", option] if "%" in self._key else ["-i", self._key]
+            plain = not re.search(r"%|\n|\$\{", self._key)
+            words += ["-i", self._key] if plain else [
+                "-o", f"IdentityFile={_config_path(self._key)}"
+            ]  # fmt: skip
         if self._file is not None and self._pins.of(self._alias):
             for name, value in self._host_key():
                 words += ["-o", f"{name}={value}"]
@@ -11921,6 +11933,8 @@ class Login:
             failure = SSHError(self._refusal(ssh, error))
             failure.reason = "refused"
             return failure
+        if isinstance(error, socket.gaierror):
+            return NotUpYetError(f"the host name is not known ({text})")
         if isinstance(error, EOFError):
             return NotUpYetError("it closed the connection")
         if isinstance(error, OSError) or any(part in lower for part in ("banner", "reset", "eof")):
@@ -13346,6 +13360,8 @@ class Transfer:
                 self.options.events.reporting() as self._report,
             ):
                 yield
+        except TransferError:  # of another transfer, in a callback
+            raise
         except failures as error:
             # The text of a plain SSHError is the whole reason: its traceback would only be noise.
             raise self._failure(error) from (None if type(error) is SSHError else error)
@@ -15246,6 +15262,7 @@ def begin_download(
             kept.append(entry)
     tree.entries = kept
     links = [entry for entry in kept if entry.kind == "l"]
+    transfer.total = tree.size
     part.check_target(tree.is_folder)
     if not links or transfer.options.symlinks != "follow":  # a copy may need unchanged files
         transfer.leave_unchanged(tree, part.installed, different)
@@ -15914,8 +15931,10 @@ class Download:
         script = script_text("get", GET, f=place, k=start // BLOCK, s=length)
         with self._transfer.script(ssh, script, DATA_WINDOW, reads=False) as get:
             self._write(get, entry, start, length, digest)
-            if get.line()[:64] != digest.hexdigest().encode():
-                raise SSHError("SHA-256 differs")
+            sent = get.line()[:64]
+            if sent != digest.hexdigest().encode():
+                missing = len(sent) < 64
+                raise SSHError("the host sent no SHA-256" if missing else "SHA-256 differs")
             check_unchanged(entry, parse_stat(get.line()))
             get.expect_end()
 
@@ -16426,9 +16445,13 @@ class Forward:
             raise OSError(
                 error.errno, f"local_port {self._local_port} can't be used: {error.strerror}"
             ) from error
-        listener.settimeout(FORWARD_POLL)
-        self._local_port = listener.getsockname()[1]
-        self._acceptor = start_thread(f"forward-{self._local_port}", self._accept_all, listener)
+        try:
+            listener.settimeout(FORWARD_POLL)
+            self._local_port = listener.getsockname()[1]
+            self._acceptor = start_thread(f"forward-{self._local_port}", self._accept_all, listener)
+        except BaseException:
+            listener.close()
+            raise
         logger.debug("forwarding port %d to port %d", self._local_port, self._remote_port)
         return self._local_port
 
@@ -16454,14 +16477,18 @@ class Forward:
             while not self._closing.is_set():
                 try:
                     sock, peer = listener.accept()
-                    link = _Link(self._open_channel, sock, peer)
                 except TimeoutError:
                     continue
-                except (OSError, RuntimeError) as error:  # too many open files, or threads
+                except OSError as error:  # too many open files, most likely
                     logger.warning("port %d can't accept a connection: %s", self._local_port, error)
                     self._closing.wait(FORWARD_POLL)
                     continue
-                self._links = [link, *(old for old in self._links if old.thread.is_alive())]
+                self._links = [link for link in self._links if link.thread.is_alive()]
+                try:
+                    self._links.append(_Link(self._open_channel, sock, peer))
+                except RuntimeError as error:  # too many threads
+                    logger.warning("port %d dropped a connection: %s", self._local_port, error)
+                    sock.close()
 
     def _open_channel(self, peer: tuple[str, int]) -> Any:
         """Connect to the port on the host; return None if that fails."""

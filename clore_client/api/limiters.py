@@ -160,8 +160,10 @@ class FallbackStore:
         try:
             result = self._first.apply(step, turn)
         except StoreUnavailableError as error:
+            now = time.monotonic()
+            self._next_try = now + TRY_AGAIN  # after a try that was slow
             if self._failed_at is None:
-                self._failed_at, self._failure = time.monotonic(), str(error)
+                self._failed_at, self._failure = now, str(error)
                 text = "the rate limit is only shared %s, because %s"
                 logger.warning(text, self._second.level, self._failure)
             return self._second.apply(step, turn)

@@ -138,7 +138,9 @@ class HTTPClient:
         self.timeout = check_timeout("timeout", timeout)
         self.rate_limit = check_interval("rate_limit", rate_limit)
         self.max_retries = check_count("max_retries", max_retries, minimum=1)
-        self.create_order_interval = check_interval("create_order_interval", create_order_interval)
+        self.create_order_interval = check_number(
+            "create_order_interval", create_order_interval, unit="seconds"
+        )
         self.rate_limit_wait = check_interval("rate_limit_wait", rate_limit_wait)
         self._state_folder = state_folder(state_dir)
         self._redis = redis_server_for(rate_limiter)

@@ -22,7 +22,7 @@ from clore_client.models.server import (
     version_parts,
 )
 from clore_client.pricing import per_gpu, published_fee
-from clore_client.validation import check_bool, short_repr
+from clore_client.validation import check_bool, check_number, short_repr
 
 Check = Callable[[Server], object]  # true if a server passes
 
@@ -108,6 +108,7 @@ class Search:
         currency: Any = None,
         method: Callable[..., Any] | None = None,
     ) -> None:
+        check_number("min_reliability", min_reliability, maximum=100.0)
         given = {
             "gpu_type": gpu_type, "max_price_usd": max_price_usd, "currency": currency,
             "min_reliability": min_reliability, **(filters or {}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -208,6 +209,8 @@ class Login:
             failure = SSHError(self._refusal(ssh, error))
             failure.reason = "refused"
             return failure
+        if isinstance(error, socket.gaierror):
+            return NotUpYetError(f"the host name is not known ({text})")
         if isinstance(error, EOFError):
             return NotUpYetError("it closed the connection")
         if isinstance(error, OSError) or any(part in lower for part in ("banner", "reset", "eof")):

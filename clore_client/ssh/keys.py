@@ -15,7 +15,7 @@ from clore_client.errors import HostKeyChangedError
 from clore_client.log import logger
 from clore_client.orders.credentials import public_key_fingerprint
 from clore_client.ssh.transport import import_paramiko
-from clore_client.validation import check_string, short_repr
+from clore_client.validation import short_repr
 
 PINS_FILE = "known_hosts"  # in the state folder, in OpenSSH's format
 MAX_PINS_SIZE = 1_000_000  # bytes of the file that are read
@@ -28,13 +28,13 @@ _ALGORITHMS = {"ssh-rsa": ("rsa-sha2-512", "rsa-sha2-256", "ssh-rsa")}
 
 def check_host_key(value: Any) -> str:
     """Check that a value is ``"pin"``, ``"accept"``, or a fingerprint."""
-    text = str(check_string("host_key", value))
-    if not re.fullmatch(r"pin|accept|SHA256:[A-Za-z0-9+/]{43}=?", text):
-        raise ValueError(
-            "host_key must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
-            f"`ssh-keygen -l` prints it, not {short_repr(text)}"
-        )
-    return text.rstrip("=")
+    text = isinstance(value, str)
+    if text and re.fullmatch(r"pin|accept|SHA256:[A-Za-z0-9+/]{43}=?", value):
+        return str(value).rstrip("=")
+    raise (ValueError if text else TypeError)(
+        "host_key must be 'pin', 'accept' or a fingerprint like 'SHA256:...', as "
+        f"`ssh-keygen -l` prints it, not {short_repr(value)}"
+    )
 
 
 class HostKeys:
@@ -109,7 +109,7 @@ def _pin_in(line: str, alias: str) -> str | None:
 
 def _has_alias(line: str, alias: str) -> bool:
     """Check if the first word of a line names a host; OpenSSH may have hashed it."""
-    names = line.partition(" ")[0]
+    names = (line.split() or [""])[0]
     if not names.startswith("|1|"):
         return alias in names.split(",")
     try:

@@ -6,11 +6,11 @@ import contextlib
 import os
 import re
 import shlex
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from clore_client.errors import SSHError
 from clore_client.models.order import Order, plain_host, plain_user
-from clore_client.models.record import text_of
 from clore_client.ssh.transfer.scripts import remote_path
 from clore_client.ssh.transport import PARAMIKO_LOGGER, import_paramiko, reason
 from clore_client.validation import check_local_path, check_string, check_text, short_repr
@@ -26,7 +26,9 @@ _OPTION = r"(?<!\S)-([pl]) ?(\S+)"
 
 def parse_ssh_command(order: Any) -> dict[str, Any]:
     """Read host, port and user; see ``CloreClient.parse_ssh_connection``."""
-    raw = text_of(order, "connection", "ssh") or ""
+    connection = order.get("connection") if isinstance(order, Mapping) else None
+    raw = connection.get("ssh") if isinstance(connection, Mapping) else None
+    raw = raw if isinstance(raw, str) else ""
     host, port, user = parse_address(raw)
     return {"host": host, "port": port, "user": user if plain_user(user) else DEFAULT_USER,
             "raw": raw}  # fmt: skip
@@ -50,7 +52,7 @@ def parse_address(raw: str) -> tuple[str, int, str]:
     words = raw.split()
     line = " ".join(words[1:] if words[:1] == ["ssh"] else words)
     # No other options, which could run a program here, and no command.
-    found = re.fullmatch(rf"({_OPTION} )*(?P<target>[^- ]\S*)( {_OPTION})*", line)
+    found = re.fullmatch(rf"({_OPTION} )*(?P<target>[^- ]\S*)( {_OPTION})*( -p)?", line)
     if found is None:
         return "", DEFAULT_PORT, ""
     options = dict(re.findall(_OPTION, line))
@@ -192,8 +194,10 @@ class OpenSSH:
         words = ["ssh", "-p", str(self._address["port"])]
         if self._key is not None:
             # With -i, OpenSSH looks for the file both with and without expanding % signs.
-            option = f"IdentityFile={_config_path(self._key)}"
-            words += ["-o", option] if "%" in self._key else ["-i", self._key]
+            plain = not re.search(r"%|\n|\$\{", self._key)
+            words += ["-i", self._key] if plain else [
+                "-o", f"IdentityFile={_config_path(self._key)}"
+            ]  # fmt: skip
         if self._file is not None and self._pins.of(self._alias):
             for name, value in self._host_key():
                 words += ["-o", f"{name}={value}"]

@@ -112,9 +112,13 @@ class Forward:
             raise OSError(
                 error.errno, f"local_port {self._local_port} can't be used: {error.strerror}"
             ) from error
-        listener.settimeout(FORWARD_POLL)
-        self._local_port = listener.getsockname()[1]
-        self._acceptor = start_thread(f"forward-{self._local_port}", self._accept_all, listener)
+        try:
+            listener.settimeout(FORWARD_POLL)
+            self._local_port = listener.getsockname()[1]
+            self._acceptor = start_thread(f"forward-{self._local_port}", self._accept_all, listener)
+        except BaseException:
+            listener.close()
+            raise
         logger.debug("forwarding port %d to port %d", self._local_port, self._remote_port)
         return self._local_port
 
@@ -140,14 +144,18 @@ class Forward:
             while not self._closing.is_set():
                 try:
                     sock, peer = listener.accept()
-                    link = _Link(self._open_channel, sock, peer)
                 except TimeoutError:
                     continue
-                except (OSError, RuntimeError) as error:  # too many open files, or threads
+                except OSError as error:  # too many open files, most likely
                     logger.warning("port %d can't accept a connection: %s", self._local_port, error)
                     self._closing.wait(FORWARD_POLL)
                     continue
-                self._links = [link, *(old for old in self._links if old.thread.is_alive())]
+                self._links = [link for link in self._links if link.thread.is_alive()]
+                try:
+                    self._links.append(_Link(self._open_channel, sock, peer))
+                except RuntimeError as error:  # too many threads
+                    logger.warning("port %d dropped a connection: %s", self._local_port, error)
+                    sock.close()
 
     def _open_channel(self, peer: tuple[str, int]) -> Any:
         """Connect to the port on the host; return None if that fails."""

@@ -17,8 +17,23 @@ from typing import Any
 
 import pytest
 
-from clore_client.api.limiters import LIMIT_PREFIX, FileStore, dump, limit_name, limiter_for, load
-from clore_client.api.rate_limit import RateLimiter, Schedule, Turn
+from clore_client.api import limiters
+from clore_client.api.limiters import (
+    LIMIT_PREFIX,
+    FallbackStore,
+    FileStore,
+    dump,
+    limit_name,
+    limiter_for,
+    load,
+)
+from clore_client.api.rate_limit import (
+    ProcessStore,
+    RateLimiter,
+    Schedule,
+    StoreUnavailableError,
+    Turn,
+)
 from tests.benchmarks.pace_kills import kill_processes
 from tests.conftest import MakeSim, client_for
 from tests.variant import Simulator
@@ -157,6 +172,32 @@ def test_a_full_disk(tmp_path: Path) -> None:
         limiter.wait(Turn(0.01))
         os._exit(0 if f"[Errno {errno.EFBIG}]" in limiter.level else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+class SlowStore:
+    """A store that fails, after a time longer than the pause before the next try."""
+
+    level = "nowhere"
+    tries = 0
+
+    def apply(self, step: str, turn: Turn) -> Any:
+        self.tries += 1
+        time.sleep(0.2)
+        raise StoreUnavailableError("it failed")
+
+
+def test_a_store_that_fails_slowly_is_not_tried_for_each_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limiters, "TRY_AGAIN", 0.1)
+    slow = SlowStore()
+    store = FallbackStore(slow, ProcessStore())
+    store.apply("poll", Turn(0))
+    store.apply("poll", Turn(0))
+    assert slow.tries == 1
+    time.sleep(0.1)
+    store.apply("poll", Turn(0))
+    assert slow.tries == 2
 
 
 def test_a_holder_that_is_stopped(sim: Simulator, tmp_path: Path) -> None:

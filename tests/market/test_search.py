@@ -420,6 +420,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception]]] = [
     ("gpu_count", {"gpu_count": 1, "min_gpu_count": 2}, ValueError),
     ("limit", {"limit": 0}, ValueError),
     ("min_reliability", {"min_reliability": 100.5}, ValueError),
+    ("min_reliability", {"min_reliability": None}, TypeError),
     ("min_rating", {"min_rating": 5.1}, ValueError),
     ("sort", {"sort": "cheap"}, ValueError),
     ("sort", {"sort": 5}, TypeError),

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import paramiko
@@ -35,6 +36,7 @@ parse = CloreClient.parse_ssh_connection
         ("ssh root@[::1]:5", "::1", 5, "root"),
         ("ssh root@h -p 99999", "h", 22, "root"),
         ("ssh root@h -p x", "h", 22, "root"),
+        ("ssh root@h -p ", "h", 22, "root"),
         ("ssh root@-oProxyCommand=x", "", 22, "root"),
         ("ssh -oProxyCommand=x root@h", "", 22, "root"),
         ("ssh root@h -p 5 rm -rf /", "", 22, "root"),
@@ -47,6 +49,11 @@ parse = CloreClient.parse_ssh_connection
 def test_parsing(raw: str, host: str, port: int, user: str) -> None:
     parsed = parse({"connection": {"ssh": raw}})
     assert parsed == {"host": host, "port": port, "user": user, "raw": raw}
+
+
+def test_parsing_of_any_mapping() -> None:
+    order = MappingProxyType({"connection": MappingProxyType({"ssh": "ssh root@h -p 5"})})
+    assert parse(order)["host"] == "h"
 
 
 anything = st.recursive(

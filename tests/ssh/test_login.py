@@ -716,6 +716,19 @@ def test_a_key_is_pinned_for_each_order(client: CloreClient, host: Sshd, tmp_pat
     assert len(pins.read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("change", ["indented", "with a tab"])
+def test_a_pin_in_a_file_that_was_edited(
+    client: CloreClient, host: Sshd, tmp_path: Path, change: str
+) -> None:
+    assert works(client, host)
+    (pins,) = (tmp_path / "state folder 100%").glob("known_hosts")
+    line = pins.read_text()
+    pins.write_text(f"  {line}" if change == "indented" else line.replace(" ", "\t"))
+    started_anew(host)
+    with pytest.raises(HostKeyChangedError):
+        works(CloreClient(client.api_key, state_dir=pins.parent, base_url=client.BASE_URL), host)
+
+
 def test_a_fingerprint_of_ones_own(client: CloreClient, host: Sshd) -> None:
     assert works(client, host)
     before = fingerprint(host)
@@ -991,6 +1004,9 @@ def test_paths_that_openssh_cannot_be_told(host: Sshd, tmp_path: Path, name: str
     client = CloreClient("key", state_dir=None)
     with pytest.raises(ValueError, match="OpenSSH can't use a path"):
         client.ssh_config(host.order(), key_path=tmp_path / name)
+    if name == 'a"b':
+        words = shlex.split(client.ssh_command(host.order(), key_path=tmp_path / name))
+        assert str(tmp_path / name) in words
     kept = CloreClient("key", state_dir=tmp_path / name)
     with pytest.raises(ValueError, match="OpenSSH can't use a path"):
         kept.ssh_config(host.order())

@@ -212,6 +212,26 @@ def test_events_count_the_bytes_of_all_files(far: Far, here: Path, direction: st
              on_progress=lambda event: int("mine"))  # fmt: skip
 
 
+def test_a_refused_target_names_the_size_of_the_source(far: Far, here: Path) -> None:
+    (far.folder / "one").write_bytes(b"x" * 5)
+    (here / "link").symlink_to("nowhere")
+    with pytest.raises(TransferError, match="after 0 of 5 bytes: local is a symlink") as caught:
+        far.down(far.folder / "one", here / "link")
+    assert caught.value.total == 5
+
+
+def test_a_transfer_error_of_the_callback_comes_through(far: Far, here: Path) -> None:
+    (here / "one").write_bytes(b"x")
+    own = TransferError("of another transfer", name="other", done=0, total=1)
+
+    def fail(*_: object) -> None:
+        raise own
+
+    with pytest.raises(TransferError) as caught:
+        far.up(here / "one", far.folder / "one", progress=fail)
+    assert caught.value is own
+
+
 def test_an_error_of_the_callback_comes_through(far: Far, here: Path) -> None:
     (here / "a").write_bytes(content(9 * MB))
     (far.folder / "far").write_bytes(content(9 * MB))

@@ -26,6 +26,7 @@ from clore_client.ssh.tunnel import Forward, check_forward_arguments
 from tests.conftest import until
 from tests.hostile import HostileServer
 from tests.sshd import Sshd, free_port
+from tests.variant import inside
 
 MB = 1_000_000
 
@@ -323,6 +324,30 @@ def test_entered_once(openssh: paramiko.SSHClient) -> None:
     assert "closed" in repr(forward)
     with pytest.raises(SSHError, match="only once"):
         forward.__enter__()
+
+
+@pytest.mark.internal
+def test_no_thread_can_be_started(
+    openssh: paramiko.SSHClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    start = inside("ssh.tunnel.start_thread")
+    port = free_port()
+    forward = Forward(openssh, 9, port)
+    with monkeypatch.context() as patch:
+        patch.setattr(start, fail)
+        with pytest.raises(RuntimeError) as caught:
+            forward.__enter__()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), timeout=30)
+    assert caught.value  # which would keep a listening socket open
+    with Forward(openssh, 9) as port, monkeypatch.context() as patch:
+        patch.setattr(start, fail)
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as sock:
+            assert sock.recv(1) == b""
+    assert "dropped a connection" in caplog.text
 
 
 def test_nothing_leaks(ssh: paramiko.SSHClient) -> None:

@@ -259,8 +259,10 @@ class Download:
         script = script_text("get", GET, f=place, k=start // BLOCK, s=length)
         with self._transfer.script(ssh, script, DATA_WINDOW, reads=False) as get:
             self._write(get, entry, start, length, digest)
-            if get.line()[:64] != digest.hexdigest().encode():
-                raise SSHError("SHA-256 differs")
+            sent = get.line()[:64]
+            if sent != digest.hexdigest().encode():
+                missing = len(sent) < 64
+                raise SSHError("the host sent no SHA-256" if missing else "SHA-256 differs")
             check_unchanged(entry, parse_stat(get.line()))
             get.expect_end()
 

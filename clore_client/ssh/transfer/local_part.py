@@ -297,6 +297,7 @@ def begin_download(
             kept.append(entry)
     tree.entries = kept
     links = [entry for entry in kept if entry.kind == "l"]
+    transfer.total = tree.size
     part.check_target(tree.is_folder)
     if not links or transfer.options.symlinks != "follow":  # a copy may need unchanged files
         transfer.leave_unchanged(tree, part.installed, different)

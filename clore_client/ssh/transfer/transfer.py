@@ -240,6 +240,8 @@ class Transfer:
                 self.options.events.reporting() as self._report,
             ):
                 yield
+        except TransferError:  # of another transfer, in a callback
+            raise
         except failures as error:
             # The text of a plain SSHError is the whole reason: its traceback would only be noise.
             raise self._failure(error) from (None if type(error) is SSHError else error)
