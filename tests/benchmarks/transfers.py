@@ -30,7 +30,7 @@ SMALL_SIZE = 4096  # bytes
 # In memory, if there is such a folder: otherwise the speed of the disk would be measured.
 SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 DELAY = 0.05  # seconds each way: 100 ms for a round trip
-ROUNDS = 3
+ROUNDS = 5
 
 
 class Sides:
